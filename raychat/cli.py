@@ -1,0 +1,99 @@
+"""The command line: defaults < `--preset` < flags, parsed from the dataclasses of `raychat.config` by tyro."""
+
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from raychat.checks import did_you_mean
+from raychat.config import Config
+from raychat.errors import ConfigError, RaychatError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def parse(args: Sequence[str], *, prog: str, description: str) -> Config:
+    """The configuration that `args` describe. Exits with 2 on a flag that does not exist or parse.
+
+    Raises:
+        ConfigError: for a value that cannot be.
+    """
+    import tyro  # not at import: a Ray worker needs Config and not the parser
+
+    names = _flag_values(args, "--preset")
+    _refuse_both_warmups(args)
+    base = load_presets(names[-1]) if names else Config()
+    return tyro.cli(
+        Config,
+        prog=prog,
+        description=description,
+        args=list(args),
+        default=base,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+        compact_help=False,
+    )
+
+
+def load_presets(names: str) -> Config:
+    """The presets in the comma-separated `names`, each over the ones before; a name that ends in .toml is a file."""
+    values: dict[str, Any] = {}
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        values |= _read_preset(name)
+    return Config.from_flat(values | {"preset": names})
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with raychat."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def run_job(main: Callable[[list[str]], int | None]) -> None:
+    """Call `main` with the arguments and exit: 0 done, 2 bad input in one message, 1 (a traceback) anything else."""
+    try:
+        code = main(sys.argv[1:])
+    except RaychatError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {error}\n")
+        code = 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code or 0)
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
+    if not path.is_file():
+        known = preset_names()
+        hint = did_you_mean(name, known) or "."
+        raise ConfigError(f"There is no preset {name!r}{hint} Presets: {', '.join(known)}, or a .toml file.")
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The preset {name!r} is not valid TOML: {error}.") from error
+    try:
+        Config.from_flat({key: value for key, value in values.items() if key != "preset"})
+    except ConfigError as error:
+        if "both set" not in str(error):  # a layer below may be what makes a value possible
+            raise ConfigError(f"In the preset {name!r}: {error}") from error
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _flag_values(args: Sequence[str], flag: str) -> list[str]:
+    """Values given to `flag`, as `--flag value` or `--flag=value`."""
+    found = []
+    for index, arg in enumerate(args):
+        name, _, value = arg.partition("=")
+        if name.replace("_", "-") == flag:
+            if "=" not in arg and index + 1 < len(args):
+                value = args[index + 1]
+            found.append(value)
+    return found
+
+
+def _refuse_both_warmups(args: Sequence[str]) -> None:
+    steps, ratio = _flag_values(args, "--warmup-steps"), _flag_values(args, "--warmup-ratio")
+    if steps and ratio and "-1" not in (steps[-1], ratio[-1]):
+        raise ConfigError(
+            f"--warmup-steps {steps[-1]} and --warmup-ratio {ratio[-1]} both set the warm-up: give one of them."
+        )
