@@ -1,0 +1,1 @@
+"""From text to token rows: corpora, tokenizer, packing, shards, order, reader."""
