@@ -89,10 +89,9 @@ def test_a_cut_character_decodes_to_the_replacement_character(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 
 
-def test_a_text_too_long_for_the_pattern_still_round_trips(tokenizer):
+def test_a_run_of_white_space_that_overflows_the_pattern_still_round_trips(tokenizer):
+    """tiktoken gives up on it ("Max stack size exceeded for backtracking") unless it is cut."""
     text = " " * 1_200_000 + "x"
-    with pytest.raises(ValueError, match="stack"):
-        tokenizer._encoding.encode_to_numpy(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
