@@ -1,5 +1,6 @@
 """The command line: defaults < `--preset` < flags, parsed from the dataclasses of `raychat.config` by tyro."""
 
+import errno
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ from raychat.checks import did_you_mean
 from raychat.config import Config
 from raychat.errors import ConfigError, RaychatError
 
+# What the machine refuses and the user can mend: a full or read-only disk, a quota, a permission.
+MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -49,12 +52,20 @@ def preset_names() -> list[str]:
 
 
 def run_job(main: Callable[[list[str]], int | None]) -> None:
-    """Call `main` with the arguments and exit: 0 done, 2 bad input in one message, 1 (a traceback) anything else."""
+    """Call `main` with the arguments and exit: 0 done, 2 bad input in one message, 1 anything else."""
     try:
         code = main(sys.argv[1:])
     except RaychatError as error:
         sys.stdout.flush()
         sys.stderr.write(f"error: {error}\n")
+        code = error.exit_code
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS:
+            raise
+        sys.stdout.flush()
+        sys.stderr.write(
+            f"error: {error.strerror}: {error.filename or 'no file named'}. Mend it and run the same command.\n"
+        )
         code = 2
     sys.stdout.flush()
     sys.stderr.flush()

@@ -2,7 +2,9 @@
 
 
 class RaychatError(Exception):
-    """A mistake in what the user gave. Jobs print the message without a traceback and exit with 2."""
+    """A mistake in what the user gave. Jobs print the message without a traceback and exit with `exit_code`."""
+
+    exit_code = 2
 
 
 class ConfigError(RaychatError):

@@ -112,10 +112,10 @@ class Order:
             mine = (epoch == e) & (window == w)
             shuffled = self._window(e, lane, w)
             position = lane * self.lane_rows + w * self.window_rows + shuffled[within[mine] - w * self.window_rows]
-            starts, ends = self._epoch(e)
-            chunk = np.searchsorted(ends, position, side="right")
-            length = self._chunk_len[starts[chunk]]
-            ids[mine] = self._chunk_start[starts[chunk]] + position - (ends[chunk] - length)
+            chunks, ends = self._epoch(e)
+            nth = np.searchsorted(ends, position, side="right")
+            chunk = chunks[nth]
+            ids[mine] = self._chunk_start[chunk] + position - (ends[nth] - self._chunk_len[chunk])
         return ids
 
     def _permute_chunks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

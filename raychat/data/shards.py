@@ -177,7 +177,9 @@ def make_shard(task: ShardTask) -> ShardInfo:
     return info
 
 
-def write_manifest(folder: Path, fingerprint: str, spec: ShardSpec, shards: list[ShardInfo], corpus: Corpus) -> Manifest:
+def write_manifest(
+    folder: Path, fingerprint: str, spec: ShardSpec, shards: list[ShardInfo], corpus: Corpus
+) -> Manifest:
     """Record that all shards of a fingerprint are there.
 
     Raises:

@@ -1,0 +1,39 @@
+"""Pretrain a base model on Ray.
+
+python jobs/pretrain.py --preset demo                      a few minutes on a laptop
+python jobs/pretrain.py --depth 12 --num-workers 8         the scaling laws decide the rest
+ray job submit -- python jobs/pretrain.py --depth 10       on a cluster
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # works from a checkout where only dependencies are installed
+
+from raychat import cli
+from raychat.atomic import write_json
+from raychat.planning import format_plan, make_plan
+
+
+def main(args: list[str]) -> int:
+    """Parse, and print the plan or run."""
+    config = cli.parse(args, prog="python jobs/pretrain.py", description=__doc__ or "")
+    plan = make_plan(config)
+    if config.run.dry_run:
+        print(format_plan(plan))
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(config.run_dir / "plan.json", plan)
+        print(f"written to {config.run_dir / 'plan.json'}")
+        return 0
+    from raychat.on_ray import driver  # after the checks: ray and torch take seconds to load
+
+    summary = driver.run(config, echo=lambda text: print(text, flush=True))
+    if summary:
+        print(f"{summary.status}: {config.run_dir / 'summary.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run_job(main)

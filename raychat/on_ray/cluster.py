@@ -1,0 +1,82 @@
+"""Getting at a Ray cluster: always an explicit one, and only what was started here is stopped."""
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import ray
+
+from raychat.config import Config
+from raychat.errors import ConfigError
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing leaves the machine unasked
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the loop does not ask it; restarts are the driver's own
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that this process is connected to. `started_here`: it ends with the job."""
+
+    address: str
+    dashboard_url: str
+    started_here: bool
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the nodes that are alive."""
+        return int(ray.cluster_resources().get("GPU", 0))
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of the nodes that are alive."""
+        return int(ray.cluster_resources().get("CPU", 0))
+
+
+def address_of(config: Config) -> str:
+    """The cluster that `config` or the environment names, else `local`."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+@contextlib.contextmanager
+def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]:
+    """Connect to the cluster of `config`, or start one on this machine for as long as the block runs.
+
+    Raises:
+        ConfigError: when there is no cluster at the address.
+    """
+    address = address_of(config)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it says that the safe default holds
+    local = address == "local"
+    workers = config.cluster.num_workers if config.cluster.num_workers != "auto" else 1
+    echo("starting Ray on this machine" if local else f"connecting to Ray at {address}")
+    try:
+        context = ray.init(
+            address=address,
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+            # Workers are processes that share the cores: their number is the user's to choose.
+            **({"num_cpus": max(os.cpu_count() or 1, workers + 1), "object_store_memory": 2**30} if local else {}),
+        )
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(
+            f"There is no Ray cluster at {address!r} ({error}). Start one with `ray start --head`, correct --address or "
+            "RAY_ADDRESS, or leave both out to start one here."
+        ) from error
+    dashboard = context.dashboard_url or ""
+    cluster = Cluster(address, f"http://{dashboard}" if dashboard else "not running", local)
+    echo(
+        f"Ray {importlib.metadata.version('ray')}: {cluster.cpus} CPUs, {cluster.gpus} GPUs; dashboard: {cluster.dashboard_url}"
+    )
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()

@@ -1,0 +1,278 @@
+"""The driver of a run: prepares data, starts Ray Train attempts until the run is done, keeps the run directory.
+
+Each attempt is one TorchTrainer of a fixed size under a fresh name. Ray's own retries and checkpoints are off: raychat
+scans its storage for the newest verified checkpoint itself, and chooses the next size from what the cluster has.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import ray
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raychat.config import Config
+from raychat.data.prepare import prepare
+from raychat.data.shards import ShardInfo, ShardTask
+from raychat.errors import RaychatError
+from raychat.on_ray import cluster as clusters
+from raychat.on_ray.inbox import open_inbox
+from raychat.on_ray.shards import make_on_ray
+from raychat.on_ray.stream import RowsDataConfig
+from raychat.on_ray.worker import train_worker
+from raychat.tracking.mlflow_shipper import MLflowShipper
+from raychat.tracking.summary import Summary
+from raychat.tracking.tracking_uri import default_tracking_uri, store_error
+from raychat.training.build import Job
+from raychat.training.session import Session
+
+Echo = Callable[[str], None]
+PUMP_S = 0.2
+WORKER_START_TIMEOUT_S = 600  # a worker imports torch; on a loaded machine Ray's default of 60 s is not enough
+
+
+class RunFailedError(RaychatError):
+    """Training failed again and again; the last checkpoint is good."""
+
+    exit_code = 1
+
+
+def run(config: Config, *, echo: Echo) -> Summary | None:
+    """Train `config` on Ray to its end; None when it had reached it before.
+
+    Raises:
+        RaychatError: what the user gave cannot work, or the run failed for good.
+    """
+    tracking_uri = _tracking_uri(config)
+    with contextlib.ExitStack() as stack:
+        cluster = _LazyCluster(config, stack, echo)
+        data = prepare(config, with_gpus=cluster.has_gpus(), maker=cluster.make_shards, echo=echo)
+        session = Session(config, data, echo=echo)
+        if session.done:
+            session.abort()
+            echo(
+                f"done: {session.run_dir} reached its horizon of {session.recipe.num_iterations:,} steps before "
+                "(--fresh starts over; a longer horizon with --allow-config-change goes on)"
+            )
+            return None
+        shipper = _shipper(session, tracking_uri, echo)
+        return _run_session(session, cluster, shipper)
+
+
+def _run_session(session: Session, cluster: "_LazyCluster", shipper: MLflowShipper | None) -> Summary:
+    status: Literal["finished", "failed", "stopped"] = "failed"
+    try:
+        session.echo(f"run directory: {session.run_dir}")
+        cluster.connected()
+        if shipper:
+            shipper.start()
+        status = _attempts(session, cluster.connected())
+    finally:
+        run_id = shipper.run_id if shipper else None
+        summary = session.close(status, mlflow_run_id=run_id)
+        if shipper:
+            _finish_tracking(session, shipper, status)
+    return summary
+
+
+def _attempts(session: Session, cluster: clusters.Cluster) -> Literal["finished", "stopped"]:
+    failures, best_step = 0, -1
+    while True:
+        workers, use_gpu = choose_workers(session.config, cluster)
+        job = session.begin_attempt(world_size=workers, use_gpu=use_gpu)
+        step = session.start.step if session.start else 0
+        failures = failures if step <= best_step else 0  # progress since the last failure starts the count anew
+        best_step = step
+        error = _attempt(session, job, workers, use_gpu)
+        if session.ended:
+            return "finished" if session.ended.finished else "stopped"
+        if session.failure:
+            raise _UserFailure(session.failure.message, session.failure.exit_code)
+        failures += 1
+        if failures > session.config.cluster.max_failures:
+            raise RunFailedError(f"training failed {failures} times from step {step}: {error}")
+        session.echo(f"attempt {job.attempt} failed: {error}")
+        session.echo(
+            f"restarting from the newest checkpoint (failure {failures} of {session.config.cluster.max_failures})"
+        )
+
+
+class _UserFailure(RaychatError):
+    """A RaychatError of a worker, told by the driver."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def _attempt(session: Session, job: Job, workers: int, use_gpu: bool) -> str:
+    """Run one TorchTrainer to its end; what went wrong, in one line."""
+    inbox = open_inbox()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": dataclasses.asdict(job), "inbox": inbox},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}
+        ),
+        run_config=RunConfig(
+            name=f"attempt-{job.attempt}",
+            storage_path=str(session.run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=0),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+        datasets={"train": _no_dataset},
+        dataset_config=RowsDataConfig(),
+    )
+    error = "the workers ended without a word"
+    with _pump(inbox, session), _stop_on_signals(inbox, session.echo):
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as failure:
+            error = str(failure).strip().splitlines()[-1] or type(failure).__name__
+    ray.kill(inbox)
+    return error
+
+
+def _no_dataset() -> ray.data.Dataset:
+    """Ray wants a dataset to configure; RowsDataConfig gives streams of its own instead."""
+    return ray.data.range(1)
+
+
+@contextlib.contextmanager
+def _pump(inbox: Any, session: Session) -> Iterator[None]:
+    """Bring events from the inbox to the session while the block runs, and what is left at its end."""
+    stop = threading.Event()
+
+    def drain() -> None:
+        for event in ray.get(inbox.take.remote()):
+            session.receive(event)
+
+    def work() -> None:
+        while not stop.wait(PUMP_S):
+            drain()
+
+    thread = threading.Thread(target=work, daemon=True, name="pump")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        drain()
+
+
+@contextlib.contextmanager
+def _stop_on_signals(inbox: Any, echo: Echo) -> Iterator[None]:
+    """SIGTERM and Ctrl-C ask the run to save and stop; a second Ctrl-C ends at once."""
+
+    def ask(number: int, _: object) -> None:
+        echo(f"{signal.Signals(number).name}: saving and stopping (once more ends at once)")
+        inbox.ask_to_stop.remote()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():  # a Tune trial; its driver handles signals
+        yield
+        return
+    old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def choose_workers(config: Config, cluster: clusters.Cluster) -> tuple[int, bool]:
+    """How many workers the next attempt has, and whether they have GPUs.
+
+    What is asked for, or fewer down to `--min-workers` where the cluster has no more now.
+    """
+    use_gpu = cluster.gpus > 0 and config.precision.device_type in ("", "cuda")
+    there = cluster.gpus if use_gpu else cluster.cpus
+    wanted = config.cluster.num_workers
+    if wanted == "auto":
+        return (max(1, there) if use_gpu else 1), use_gpu
+    fewest = wanted if config.cluster.min_workers == -1 else config.cluster.min_workers
+    return max(fewest, min(wanted, there)), use_gpu
+
+
+class _LazyCluster:
+    """Connects when it is first needed: a run that is done, or whose data are there, should not wait for Ray."""
+
+    def __init__(self, config: Config, stack: contextlib.ExitStack, echo: Echo) -> None:
+        self._config, self._stack, self._echo = config, stack, echo
+        self._cluster: clusters.Cluster | None = None
+
+    def connected(self) -> clusters.Cluster:
+        """The cluster, connected."""
+        if self._cluster is None:
+            self._cluster = self._stack.enter_context(clusters.connect(self._config, echo=self._echo))
+        return self._cluster
+
+    def has_gpus(self) -> bool:
+        """Whether the run will be on GPUs; asks the cluster only where that decides something."""
+        if self._config.data.corpus or self._config.precision.device_type == "cpu":
+            return False
+        if clusters.address_of(self._config) == "local":
+            import torch  # slow to load, and only needed here
+
+            return torch.cuda.is_available()
+        return self.connected().gpus > 0
+
+    def make_shards(self, tasks: list[ShardTask]) -> Iterator[ShardInfo]:
+        """A maker of shards on the cluster."""
+        if tasks:
+            self.connected()
+        return make_on_ray(tasks)
+
+
+def _tracking_uri(config: Config) -> str | None:
+    """Where MLflow keeps the run, or None when tracking is off."""
+    if config.run.run == "dummy":
+        return None
+    uri = config.run.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(config.base_dir)
+    if problem := store_error(uri):
+        raise problem
+    return uri
+
+
+def _shipper(session: Session, uri: str | None, echo: Echo) -> MLflowShipper | None:
+    if uri is None:
+        return None
+    config, manifest = session.config, session.data.manifest
+    return MLflowShipper(
+        session.run_dir,
+        tracking_uri=uri,
+        experiment=config.run.experiment,
+        run_name=config.run.run or config.model_tag,
+        params={key: value for key, value in config.flat().items()} | dataclasses.asdict(session.recipe),
+        tags={"raychat.git_commit": _git_commit(), "raychat.run_dir": str(session.run_dir)},
+        dataset={
+            "name": session.data.corpus.name,
+            "source": config.data.corpus or session.data.corpus.name,
+            "digest": manifest.fingerprint,
+        },
+        echo=echo,
+    )
+
+
+def _finish_tracking(session: Session, shipper: MLflowShipper, status: str) -> None:
+    names = ("config.json", "plan.json", "summary.json", "loss_curve.png")
+    artifacts = [path for name in names if (path := session.run_dir / name).exists()]
+    ended: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {"finished": "FINISHED", "stopped": "KILLED"}
+    shipper.finish(ended.get(status, "FAILED"), artifacts)
+
+
+def _git_commit() -> str:
+    """The commit of the code that runs, or `unknown` where it is no checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    found = subprocess.run(
+        ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
+    )
+    return found.stdout.strip() or "unknown"

@@ -1,0 +1,157 @@
+"""Training rows through Ray Data: every rank streams its own part of the global order, block by block.
+
+A read task makes one block: this rank's rows of a span of steps, in order. Which rows those are is a pure function of
+the plan, so a task that is killed and run again gives the same block, and so does another number of workers for the
+same steps. Read tasks ask for no CPU: on nodes whose CPUs all belong to training workers they would otherwise hang.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+from ray.train import DataConfig
+
+from raychat.data.batches import Batch
+from raychat.data.order import Order, rank_slice
+from raychat.data.shards import Manifest, RowReader, read_manifest
+from raychat.errors import DataError
+from raychat.training.build import BatchPlan
+
+BLOCK_BYTES = 8 * 2**20  # fat blocks cost less per row
+MAX_STEPS_PER_BLOCK = 32
+TASKS_PER_DATASET = 512  # Ray puts every task of a dataset into its store when it plans: long runs are chained
+READ_TASKS_AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class Span:
+    """Steps `first` to `stop` of a plan, counted from its cursor."""
+
+    first: int
+    stop: int
+
+
+class PackedRows(Datasource):
+    """The rows of one rank for a span of steps, as one read task for each `steps_per_block` steps."""
+
+    def __init__(self, plan: BatchPlan, span: Span, steps_per_block: int) -> None:
+        super().__init__()
+        self.plan, self.span, self.steps_per_block = plan, span, steps_per_block
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Not needed: the blocks are of a size that was chosen."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None
+    ) -> list[ReadTask]:
+        """One task a block, whatever parallelism is suggested: the order depends on it."""
+        lo, hi = rank_slice(self.plan.rows_per_batch, self.plan.rank, self.plan.world_size)
+        tasks = []
+        for first in range(self.span.first, self.span.stop, self.steps_per_block):
+            steps = Span(first, min(first + self.steps_per_block, self.span.stop))
+            rows = (hi - lo) * (steps.stop - steps.first)
+            tasks.append(ReadTask(self.reader(steps), BlockMetadata(num_rows=rows, size_bytes=None, exec_stats=None)))
+        return tasks
+
+    def reader(self, steps: Span) -> Callable[[], list[pa.Table]]:
+        """What reads one block."""
+        plan = self.plan
+        return lambda: [read_block(plan, steps)]
+
+
+def read_block(plan: BatchPlan, steps: Span) -> pa.Table:
+    """This rank's rows of these steps, step after step, in a column `tokens`."""
+    manifest = _manifest(plan.tokens_dir)
+    order = Order([shard.rows for shard in manifest.split("train")], seed=plan.seed, lanes=plan.lanes)
+    lo, hi = rank_slice(plan.rows_per_batch, plan.rank, plan.world_size)
+    ids = [
+        order.batch(plan.cursor + step * plan.rows_per_batch, plan.rows_per_batch, lo, hi)
+        for step in range(steps.first, steps.stop)
+    ]
+    rows = RowReader(manifest, "train").rows(np.concatenate(ids))
+    kind = pa.list_(pa.from_numpy_dtype(rows.dtype), manifest.row_len)
+    return pa.table({"tokens": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=kind)})
+
+
+@dataclass
+class RankStream:
+    """What a rank gets as its shard of the `train` dataset. `datasets` remembers what was executed, for its stats."""
+
+    rank: int
+    world_size: int
+    datasets: list[Any] = field(default_factory=list)
+
+    def batches(self, plan: BatchPlan) -> Iterator[Batch]:
+        """The batches of `plan`, read ahead by Ray Data while the caller trains."""
+        manifest = _manifest(plan.tokens_dir)
+        rows_per_epoch = Order(
+            [shard.rows for shard in manifest.split("train")], seed=plan.seed, lanes=plan.lanes
+        ).epoch_rows
+        lo, hi = rank_slice(plan.rows_per_batch, plan.rank, plan.world_size)
+        cursor = plan.cursor
+        for block in self._blocks(plan, steps_per_block((hi - lo) * manifest.row_len * 2)):
+            flat = block.column("tokens").combine_chunks().flatten().to_numpy(zero_copy_only=True)
+            rows = flat.reshape(-1, manifest.row_len)
+            for first in range(0, len(rows), hi - lo):
+                epoch = cursor // rows_per_epoch
+                cursor += plan.rows_per_batch
+                yield Batch(rows[first : first + hi - lo], cursor, epoch)
+
+    def _blocks(self, plan: BatchPlan, per_block: int) -> Iterator[pa.Table]:
+        per_dataset = per_block * TASKS_PER_DATASET
+        for first in range(0, plan.num_batches, per_dataset):
+            span = Span(first, min(first + per_dataset, plan.num_batches))
+            dataset = open_dataset(PackedRows(plan, span, per_block))
+            self.datasets.append(dataset)
+            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+
+
+def open_dataset(source: PackedRows) -> ray.data.Dataset:
+    """The dataset of `source`, set to keep its order and to need no CPU."""
+    blocks = -(-(source.span.stop - source.span.first) // source.steps_per_block)
+    quiet_ray_data()
+    dataset = ray.data.read_datasource(
+        source, num_cpus=0, concurrency=min(blocks, READ_TASKS_AT_ONCE), override_num_blocks=blocks
+    )
+    dataset.context.execution_options.preserve_order = True
+    return dataset
+
+
+def quiet_ray_data() -> None:
+    """Keep Ray Data's own progress out of a log that has a line for every step."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def steps_per_block(bytes_per_step: int) -> int:
+    """Steps that a block of about 8 MiB holds, 1 to 32."""
+    return max(1, min(MAX_STEPS_PER_BLOCK, BLOCK_BYTES // max(1, bytes_per_step)))
+
+
+class RowsDataConfig(DataConfig):
+    """Gives every rank a RankStream of its own. Ray calls this again after each restart, with the new world size."""
+
+    def configure(
+        self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
+    ) -> list[dict[str, Any]]:
+        """One stream a rank; the order does not depend on `datasets`."""
+        return [{"train": RankStream(rank, world_size)} for rank in range(world_size)]
+
+
+def _manifest(folder: str) -> Manifest:
+    manifest = read_manifest(Path(folder))
+    if manifest is None:
+        raise DataError(
+            f"{folder} holds no token shards on this node: --base-dir must be a folder that all nodes share."
+        )
+    return manifest

@@ -1,0 +1,120 @@
+"""The same training without Ray: `python -m raychat.training [flags]`, or under torchrun with as many ranks as it starts.
+
+Rank 0 prepares the data and keeps the run directory. The record is the journal; `jobs/runs.py --sync` sends it to MLflow.
+"""
+
+import datetime
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+
+from raychat import cli
+from raychat.config import Config
+from raychat.data.batches import Batch, local_batches
+from raychat.data.order import Order
+from raychat.data.prepare import make_in_process, prepare
+from raychat.data.shards import RowReader, read_manifest
+from raychat.errors import DataError, RaychatError
+from raychat.planning import format_plan, make_plan
+from raychat.training import device
+from raychat.training.build import BatchPlan, train
+from raychat.training.events import Event
+from raychat.training.loop import Signal
+from raychat.training.session import Session
+from raychat.training.world import World
+
+PREPARE_TIMEOUT = datetime.timedelta(hours=12)  # ranks wait while rank 0 tokenizes a corpus
+
+
+def main(args: list[str]) -> int:
+    """Run one training on this process, or on this rank of torchrun's."""
+    config = cli.parse(args, prog="python -m raychat.training", description=__doc__ or "")
+    if config.run.dry_run:
+        sys.stdout.write(format_plan(make_plan(config)) + "\n")
+        return 0
+    world = World.from_environment()
+    kind = device.device_type(config.precision.device_type)
+    device.resolve(config, local_world_size=world.local_world_size)  # refuse before anything is prepared
+    if world.world_size > 1:
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(f"cpu:gloo,cuda:{backend}" if kind == "cuda" else backend, timeout=PREPARE_TIMEOUT)
+    try:
+        return _run(config, world, with_gpus=kind == "cuda")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def read_here(plan: BatchPlan) -> Iterator[Batch]:
+    """The batches of `plan`, read from the token shards by this process."""
+    manifest = read_manifest(Path(plan.tokens_dir))
+    if manifest is None:
+        raise DataError(f"{plan.tokens_dir} holds no token shards.")
+    order = Order([shard.rows for shard in manifest.split("train")], seed=plan.seed, lanes=plan.lanes)
+    return local_batches(
+        RowReader(manifest, "train"),
+        order,
+        cursor=plan.cursor,
+        rows_per_batch=plan.rows_per_batch,
+        rank=plan.rank,
+        world_size=plan.world_size,
+    )
+
+
+def _run(config: Config, world: World, *, with_gpus: bool) -> int:
+    session, problem, job = None, None, None
+    if world.rank == 0:
+        try:
+            data = prepare(config, with_gpus=with_gpus, maker=make_in_process, echo=_echo)
+            session = Session(config, data, echo=_echo)
+            job = None if session.done else session.begin_attempt(world_size=world.world_size)
+        except RaychatError as error:
+            problem = error
+    problem, job = world.broadcast((problem, job))
+    if problem:
+        raise problem
+    if job is None:
+        if session:
+            session.abort()
+            _echo(f"done: {session.run_dir} reached its horizon of {session.recipe.num_iterations:,} steps")
+        return 0
+    status: Literal["finished", "failed", "stopped"] = "failed"
+    try:
+        sink = session.receive if session else _ignore
+        finished = train(job, world=world, batches=read_here, sink=sink, poll=_stop_on_signals())
+        status = "finished" if finished else "stopped"
+    finally:
+        if session:
+            summary = session.close(status)
+            _echo(f"{status}: step {summary.step}, val_bpb {summary.val_bpb}, {session.run_dir}")
+    return 0
+
+
+def _stop_on_signals() -> Callable[[], Signal]:
+    """A poll that asks to save and stop after SIGTERM or Ctrl-C. A second Ctrl-C ends at once."""
+    asked = []
+
+    def remember(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, remember)
+    return lambda: Signal.STOP if asked else Signal.NONE
+
+
+def _echo(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _ignore(event: Event) -> None:
+    """Ranks other than 0 have nobody to tell."""
+
+
+if __name__ == "__main__":
+    cli.run_job(main)

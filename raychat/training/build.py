@@ -1,0 +1,261 @@
+"""Puts a run together on one rank: model, optimizer, data, state, loop. All callers of the loop go through `train`."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raychat.config import Config
+from raychat.data.batches import Batch, validation_rows
+from raychat.data.order import lanes_for
+from raychat.data.shards import Manifest, RowReader, read_manifest
+from raychat.data.tokenizer import Tokenizer
+from raychat.errors import ConfigError, DataError
+from raychat.model import GPT, GPTConfig, fp8
+from raychat.optim import MuonAdamW, build_optimizer
+from raychat.planning import Recipe, model_shape, param_counts, recipe
+from raychat.training import checkpoint
+from raychat.training.device import Resolved, device_type, resolve
+from raychat.training.events import Line, Sink
+from raychat.training.loop import Clock, LoopState, Signal, Surroundings, Trainer
+from raychat.training.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the driver hands to every rank: plain values that cross process and machine borders."""
+
+    config: dict[str, Any]
+    tokens_dir: str
+    tokenizer_dir: str
+    checkpoint: str | None
+    attempt: int
+    attempt_started: float
+    wall_before_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """Which batches a rank wants: a pure function of this gives the rows, wherever they are read."""
+
+    tokens_dir: str
+    seed: int
+    lanes: int
+    cursor: int
+    num_batches: int
+    rows_per_batch: int
+    rank: int
+    world_size: int
+
+
+BatchSource = Callable[[BatchPlan], Iterator[Batch]]
+
+
+def train(
+    job: Job, *, world: World, batches: BatchSource, sink: Sink, poll: Callable[[], Signal] = lambda: Signal.NONE
+) -> bool:
+    """Train `job` on this rank to its end; True when it reached its horizon.
+
+    A process group must be there when the world has more than one rank.
+    """
+    config = Config.from_flat(job.config)
+    run = recipe(config)
+    if device_type(config.precision.device_type) == "cuda":
+        torch.cuda.set_device(world.device_index)  # before the first collective, which nccl runs on the device
+    resolved = _agree_on_machine(config, job, world, sink)
+    torch.set_num_threads(resolved.threads)
+    device = _device(resolved, world)
+    manifest = _manifest(job)
+    rows = run.total_batch_size // config.model.max_seq_len
+    if world.world_size > rows:
+        raise ConfigError(
+            f"--num-workers {world.world_size} is more than the {rows} sequences of a batch: use at most {rows}."
+        )
+
+    found = checkpoint.verify(Path(job.checkpoint)) if job.checkpoint else None
+    model = build_model(config, resolved, device)
+    optimizer = _build_optimizer(config, run, model)
+    if config.precision.fp8:
+        fp8.fp8_training(model, config.precision.fp8_recipe)
+    state = LoopState()
+    if found:
+        found.load(model, optimizer)
+        state = LoopState(**found.meta["state"])
+    lanes = found.meta["lanes"] if found else lanes_for(rows)
+    plan = BatchPlan(
+        tokens_dir=job.tokens_dir,
+        seed=config.run.seed,
+        lanes=lanes,
+        cursor=state.rows_consumed,
+        num_batches=run.num_iterations - state.step,
+        rows_per_batch=rows,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+    reader = RowReader(manifest, "val")
+    val_rows = min(reader.num_rows, config.eval.eval_tokens // config.model.max_seq_len)
+    meta = {
+        "config": job.config,
+        "fingerprint": manifest.fingerprint,
+        "lanes": lanes,
+        "seed": config.run.seed,
+        "attempt": job.attempt,
+        "resolved": dataclasses.asdict(resolved),
+        "val_tokens": val_rows * config.model.max_seq_len,
+    }
+    if world.rank == 0:
+        for line in describe(config, run, resolved, manifest, world, state):
+            sink(Line(line))
+    trainer = Trainer(
+        config,
+        run,
+        model=model,
+        optimizer=optimizer,
+        tokenizer=Tokenizer.load(Path(job.tokenizer_dir)),
+        resolved=resolved,
+        world=world,
+        surroundings=Surroundings(
+            batches=batches(plan),
+            validation=lambda: validation_rows(
+                reader,
+                eval_tokens=config.eval.eval_tokens,
+                device_batch_size=config.batch.device_batch_size,
+                rank=world.rank,
+                world_size=world.world_size,
+            ),
+            sink=sink,
+            poll=poll,
+            clock=Clock(
+                attempt_started=job.attempt_started,
+                before_s=job.wall_before_s,
+                price_per_hour=None if config.money.price_per_hour == -1 else config.money.price_per_hour,
+            ),
+            checkpoints=config.run_dir / "checkpoints",
+            meta=meta,
+        ),
+        state=state,
+    )
+    return trainer.fit()
+
+
+def gpt_config(config: Config) -> GPTConfig:
+    """The model's own configuration: where `depth` becomes `n_layer` and `model_dim` becomes `n_embd`."""
+    shape = model_shape(config.model)
+    return GPTConfig(
+        sequence_len=shape.sequence_len,
+        vocab_size=shape.vocab_size,
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_kv_head=shape.n_kv_head,
+        n_embd=shape.n_embd,
+        window_pattern=config.model.window_pattern.upper(),
+        short_window_ratio=config.model.short_window_ratio,
+    )
+
+
+def build_model(config: Config, resolved: Resolved, device: torch.device) -> GPT:
+    """The seeded initial model on `device`, without a copy in host memory on the way."""
+    with torch.device("meta"):
+        model = GPT(gpt_config(config))
+    model.set_compute_dtype(resolved.torch_dtype)
+    model.to_empty(device=device)
+    model.init_weights(config.run.seed)
+    model.loss_impl = resolved.loss
+    model.attention_backend = resolved.attention
+    return model
+
+
+def describe(
+    config: Config, run: Recipe, resolved: Resolved, manifest: Manifest, world: World, state: LoopState
+) -> list[str]:
+    """What a run says about itself when it starts, one fact a line."""
+    counts = param_counts(model_shape(config.model))
+    T, peak = config.model.max_seq_len, resolved.peak
+    rows = run.total_batch_size // T
+    devices = f"{world.world_size} x {resolved.device_name}, {resolved.threads} threads each"
+    rate = f"peak {peak.flops / 1e12:.0f} TFLOP/s bf16" if peak else "peak not known, so no mfu"
+    passes = -(-rows // (config.batch.device_batch_size * world.world_size))
+    train_rows = manifest.rows("train")
+    ratio = run.tokens / counts.scaling
+    lines = [
+        f"device: {devices} ({rate})",
+        f"precision: {resolved.dtype} ({resolved.dtype_reason})" + (", fp8 linears" if config.precision.fp8 else ""),
+        f"attention: {resolved.attention} ({resolved.attention_reason}) | loss: {resolved.loss}"
+        f" | compile: {'on' if resolved.compile else 'off'}",
+        f"vocabulary: {config.model.vocab_size:,} tokens",
+        f"model: d{config.model.depth}, {counts.total:,} parameters ({counts.scaling:,} scaling), "
+        f"{run.flops_per_token:.3g} FLOPs per token",
+        f"batch: {run.total_batch_size:,} tokens = {rows:,} sequences of {T:,}, over {world.world_size} ranks in {passes} "
+        f"passes of up to {config.batch.device_batch_size}",
+        f"rates: scaled by {run.lr_scale:.4g}, weight decay {run.weight_decay:.4g}",
+        f"horizon: {run.num_iterations:,} iterations, {run.tokens:,} tokens ({ratio:.1f} per scaling parameter), "
+        f"{run.flops:.3g} FLOPs, {run.num_iterations * rows / train_rows:.2f} epochs of {train_rows:,} rows",
+    ]
+    windows = "S" in config.model.window_pattern.upper()
+    if windows and resolved.attention == "sdpa" and resolved.device_type == "cuda":
+        lines.append(
+            "warning: without flash attention, sliding windows are slow: install raychat[gpu], or use --window-pattern L"
+        )
+    if resolved.device_type == "mps":
+        lines.append("warning: training on mps is untested")
+    if config.eval.core_metric_every > 0:
+        lines.append("note: CORE is not evaluated by this version; core_metric stays null (--core-metric-every -1)")
+    if state.step:
+        lines.append(f"resuming at step {state.step:,}, {state.rows_consumed:,} rows consumed")
+    return lines
+
+
+def _agree_on_machine(config: Config, job: Job, world: World, sink: Sink) -> Resolved:
+    """Rank 0's choices, for all ranks; those of the checkpoint when it was written on the same hardware."""
+    mine = resolve(config, local_world_size=world.local_world_size)
+    if world.rank == 0 and job.checkpoint:
+        stored = Resolved(**checkpoint.read_meta(Path(job.checkpoint))["resolved"])
+        if stored.hardware != mine.hardware:
+            sink(Line(f"hardware changed from {stored.hardware} to {mine.hardware}: choices are made anew"))
+        elif not _asked_otherwise(config, stored):
+            mine = stored
+    return world.broadcast(mine)
+
+
+def _asked_otherwise(config: Config, stored: Resolved) -> bool:
+    """Whether the user now asks for something else than what the checkpoint was trained with."""
+    asked = config.precision
+    return (
+        asked.dtype not in ("auto", stored.dtype)
+        or asked.loss not in ("auto", stored.loss)
+        or asked.compile not in ("auto", "on" if stored.compile else "off")
+    )
+
+
+def _device(resolved: Resolved, world: World) -> torch.device:
+    if resolved.device_type == "cuda":
+        return torch.device("cuda", world.device_index)
+    return torch.device(resolved.device_type)
+
+
+def _manifest(job: Job) -> Manifest:
+    manifest = read_manifest(Path(job.tokens_dir))
+    if manifest is None:
+        raise DataError(
+            f"{job.tokens_dir} holds no token shards on this machine: --base-dir must be a folder that all nodes share."
+        )
+    return manifest
+
+
+def _build_optimizer(config: Config, run: Recipe, model: GPT) -> MuonAdamW:
+    optim = config.optim
+    optimizer = build_optimizer(
+        model,
+        embedding_lr=optim.embedding_lr * run.lr_scale,
+        unembedding_lr=optim.unembedding_lr * run.lr_scale,
+        matrix_lr=optim.matrix_lr * run.lr_scale,
+        scalar_lr=optim.scalar_lr * run.lr_scale,
+        weight_decay=run.weight_decay,
+        adam_beta1=None if optim.adam_beta1 == -1 else optim.adam_beta1,
+        adam_beta2=None if optim.adam_beta2 == -1 else optim.adam_beta2,
+    )
+    optimizer.grad_clip = optim.grad_clip
+    return optimizer

@@ -1,0 +1,107 @@
+"""What a run finds on its machine, decided once: device, precision, threads, loss, compilation, with the reasons.
+
+Rules, not timings, decide on a CPU, so that the same machine decides the same way every time.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from raychat.config import Config
+from raychat.errors import ConfigError
+from raychat.model import attention, fp8
+from raychat.planning.devices import DevicePeak, device_peak
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """Choices of a run on its machine, as plain values that a checkpoint can hold. `hardware` identifies the machine."""
+
+    device_type: str
+    device_name: str
+    hardware: str
+    dtype: str
+    dtype_reason: str
+    attention: str
+    attention_reason: str
+    loss: str
+    compile: bool
+    threads: int
+
+    @property
+    def peak(self) -> DevicePeak | None:
+        """Peak rates of the device, where they are known."""
+        return device_peak(self.device_name)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return DTYPES[self.dtype]
+
+
+def device_type(requested: str) -> str:
+    """The device to train on. Raises ConfigError when `requested` is not there."""
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device-type cuda: torch sees no CUDA device here. Use --device-type cpu, or check the driver with nvidia-smi."
+        )
+    if requested == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device-type mps: torch has no MPS device here. Use --device-type cpu.")
+    return requested or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve(config: Config, *, local_world_size: int) -> Resolved:
+    """Decide what `config` leaves open, on this machine with this many ranks.
+
+    Raises:
+        ConfigError: for a device or precision that this machine does not have.
+    """
+    precision = config.precision
+    kind = device_type(precision.device_type)
+    name = torch.cuda.get_device_name() if kind == "cuda" else kind
+    dtype, reason = _dtype(precision.dtype, kind)
+    if precision.fp8 and (problem := fp8.fp8_capable(torch.device(kind))):
+        raise ConfigError(f"--fp8: {problem} Leave --fp8 out.")
+    backend, backend_reason = attention.choose_backend(torch.device(kind), DTYPES[dtype])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // local_world_size)
+    return Resolved(
+        device_type=kind,
+        device_name=name,
+        hardware=f"{name}, {threads} threads, torch {torch.__version__}",
+        dtype=dtype,
+        dtype_reason=reason,
+        attention=backend,
+        attention_reason=backend_reason,
+        loss=precision.loss if precision.loss != "auto" else ("chunked" if kind == "cpu" else "full"),
+        compile=precision.compile == "on" or (precision.compile == "auto" and kind == "cuda"),
+        threads=threads,
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory of this process so far: of the device where it counts, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on every system, and only asked at the end
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _dtype(requested: str, kind: str) -> tuple[str, str]:
+    if requested != "auto":
+        return requested, "asked for"
+    if kind == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        if major >= 8:
+            return "bfloat16", f"compute capability {major}.{minor} multiplies bf16"
+        return "float32", f"compute capability {major}.{minor} has no bf16; --dtype float16 is faster"
+    if kind == "cpu":
+        for probe, feature in (("_is_avx512_bf16_supported", "avx512_bf16"), ("_is_amx_tile_supported", "AMX")):
+            if getattr(torch.cpu, probe, lambda: False)():
+                return "bfloat16", f"this CPU has {feature}"
+        return "float32", "this CPU has neither avx512_bf16 nor AMX"
+    return "float32", f"the default on {kind}"

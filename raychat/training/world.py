@@ -1,0 +1,53 @@
+"""Which rank this process is, and the few things that ranks do together. One process needs no process group."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of a run; `local_*` count those on this machine, `device_index` is its GPU."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    device_index: int = 0
+
+    @staticmethod
+    def from_environment() -> "World":
+        """The world that torchrun describes in the environment, or a single process."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rank, world_size, local_rank, local_world_size = (
+            int(os.environ.get(name, default)) for name, default in zip(names, "0101", strict=True)
+        )
+        return World(rank, world_size, local_rank, local_world_size, device_index=local_rank)
+
+    def sum(self, values: list[float], device: torch.device) -> list[float]:
+        """Sums of `values` over the ranks, in float64 where the device has it."""
+        if self.world_size == 1:
+            return values
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        tensor = torch.tensor(values, dtype=dtype, device=device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def broadcast(self, value: Any) -> Any:
+        """`value` of rank 0, a picklable object, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every rank, on every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.world_size
+        dist.all_gather_object(boxes, value)
+        return boxes
