@@ -17,6 +17,7 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the loop does not ask it; restarts are the driver's own
 }
+OBJECT_STORE_BYTES = 2**30  # of a cluster on this machine: a few blocks of rows are all that passes through
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,12 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
     workers = config.cluster.num_workers if config.cluster.num_workers != "auto" else 1
     echo("starting Ray on this machine" if local else f"connecting to Ray at {address}")
     try:
+        # Workers are processes that share the cores of this machine: their number is the user's to choose.
         context = ray.init(
             address=address,
+            num_cpus=max(os.cpu_count() or 1, workers + 1) if local else None,
+            object_store_memory=OBJECT_STORE_BYTES if local else None,
             logging_level=logging.WARNING,
-            log_to_driver=True,
-            # Workers are processes that share the cores: their number is the user's to choose.
-            **({"num_cpus": max(os.cpu_count() or 1, workers + 1), "object_store_memory": 2**30} if local else {}),
         )
     except (ConnectionError, ValueError) as error:
         raise ConfigError(

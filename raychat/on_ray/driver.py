@@ -34,7 +34,6 @@ from raychat.training.session import Session
 
 Echo = Callable[[str], None]
 PUMP_S = 0.2
-WORKER_START_TIMEOUT_S = 600  # a worker imports torch; on a loaded machine Ray's default of 60 s is not enough
 
 
 class RunFailedError(RaychatError):
@@ -51,7 +50,7 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
     """
     tracking_uri = _tracking_uri(config)
     with contextlib.ExitStack() as stack:
-        cluster = _LazyCluster(config, stack, echo)
+        cluster = LazyCluster(config, stack, echo)
         data = prepare(config, with_gpus=cluster.has_gpus(), maker=cluster.make_shards, echo=echo)
         session = Session(config, data, echo=echo)
         if session.done:
@@ -65,7 +64,7 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
         return _run_session(session, cluster, shipper)
 
 
-def _run_session(session: Session, cluster: "_LazyCluster", shipper: MLflowShipper | None) -> Summary:
+def _run_session(session: Session, cluster: "LazyCluster", shipper: MLflowShipper | None) -> Summary:
     status: Literal["finished", "failed", "stopped"] = "failed"
     try:
         session.echo(f"run directory: {session.run_dir}")
@@ -93,7 +92,7 @@ def _attempts(session: Session, cluster: clusters.Cluster) -> Literal["finished"
         if session.ended:
             return "finished" if session.ended.finished else "stopped"
         if session.failure:
-            raise _UserFailure(session.failure.message, session.failure.exit_code)
+            raise WorkerError(session.failure.message, session.failure.exit_code)
         failures += 1
         if failures > session.config.cluster.max_failures:
             raise RunFailedError(f"training failed {failures} times from step {step}: {error}")
@@ -103,7 +102,7 @@ def _attempts(session: Session, cluster: clusters.Cluster) -> Literal["finished"
         )
 
 
-class _UserFailure(RaychatError):
+class WorkerError(RaychatError):
     """A RaychatError of a worker, told by the driver."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -202,7 +201,7 @@ def choose_workers(config: Config, cluster: clusters.Cluster) -> tuple[int, bool
     return max(fewest, min(wanted, there)), use_gpu
 
 
-class _LazyCluster:
+class LazyCluster:
     """Connects when it is first needed: a run that is done, or whose data are there, should not wait for Ray."""
 
     def __init__(self, config: Config, stack: contextlib.ExitStack, echo: Echo) -> None:
@@ -251,7 +250,7 @@ def _shipper(session: Session, uri: str | None, echo: Echo) -> MLflowShipper | N
         tracking_uri=uri,
         experiment=config.run.experiment,
         run_name=config.run.run or config.model_tag,
-        params={key: value for key, value in config.flat().items()} | dataclasses.asdict(session.recipe),
+        params=config.flat() | dataclasses.asdict(session.recipe),
         tags={"raychat.git_commit": _git_commit(), "raychat.run_dir": str(session.run_dir)},
         dataset={
             "name": session.data.corpus.name,

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 
@@ -21,11 +22,11 @@ def make_on_ray(tasks: list[ShardTask]) -> Iterator[ShardInfo]:
     dataset = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
     made = dataset.map(_make, num_cpus=1)
     try:
-        for row in made.iter_rows(prefetch_batches=0):
+        for row in made.iter_rows():
             yield ShardInfo(**row)
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
-def _make(row: dict[str, ShardTask]) -> dict[str, object]:
+def _make(row: dict[str, ShardTask]) -> dict[str, Any]:
     return dataclasses.asdict(make_shard(row["task"]))

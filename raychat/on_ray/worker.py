@@ -8,7 +8,7 @@ import ray.train.torch
 from raychat.errors import RaychatError
 from raychat.on_ray.inbox import StopPoll
 from raychat.training.build import Job, train
-from raychat.training.events import Event, Failed, Metrics
+from raychat.training.events import Event, Failed
 from raychat.training.loop import Signal
 from raychat.training.world import World
 
