@@ -1,0 +1,192 @@
+"""Feeds MLflow from the journal, in a thread of the driver that training never waits for.
+
+The journal is the truth and MLflow a copy. Points are sent with the times of the journal, at least once; identical
+points collapse in MLflow, so sending again is harmless. A server that is dead, slow or hangs costs nothing but
+freshness: what it missed is sent when it is back, by a later attempt, or by `python jobs/runs.py --sync`.
+"""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from raychat.errors import DataError
+from raychat.tracking.mlflow_delivery import HEARTBEAT_TAG, JOURNAL_NAME, Delivery, failures_of, open_client
+from raychat.tracking.shipping_state import End, ShippingState, StateFile
+from raychat.tracking.tracking_uri import default_tracking_uri as default_tracking_uri  # part of this file's interface
+from raychat.tracking.tracking_uri import public_uri
+from raychat.tracking.tracking_uri import store_error as store_error
+
+PERIOD_S = 2.0
+MAX_BACKOFF_S = 60.0
+
+EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
+logger = logging.getLogger(__name__)
+
+
+class MLflowShipper:
+    """Ships the journal in `run_dir` while the run goes on. Nothing in here raises into the caller or keeps it waiting.
+
+    `params` are logged once per run; `tags` on every attempt; `dataset` has `name`, `source` and `digest`. A run
+    directory that was shipped to the same store and experiment before continues its MLflow run.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        tracking_uri: str,
+        experiment: str,
+        run_name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
+        dataset: Mapping[str, str] | None = None,
+        echo: Callable[[str], None],
+    ) -> None:
+        self.run_dir, self.uri, self.echo = run_dir, tracking_uri, echo
+        state = _previous(run_dir) or ShippingState(uri=public_uri(tracking_uri), experiment=experiment, run_name="")
+        state = dataclasses.replace(
+            state.in_store(public_uri(tracking_uri), experiment),
+            run_name=run_name, params=dict(params), tags=dict(tags), dataset=dataset, end=None, attempt=state.attempt + 1,
+        )  # fmt: skip
+        self._file = StateFile(run_dir, state)
+        self._delivery = Delivery(tracking_uri, self._file, echo)
+        self._stop, self._give_up = threading.Event(), threading.Event()
+        self._failing = False
+        self._thread = threading.Thread(target=self._run, daemon=True, name="mlflow-shipper")
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run, once the server has told."""
+        return self._file.state.run_id
+
+    @property
+    def url(self) -> str | None:
+        """The page of the run, if the store is a server and the run is known."""
+        return self._file.state.run_url
+
+    def start(self) -> None:
+        """Begin shipping. Returns at once."""
+        self._remember()
+        self._thread.start()
+
+    def finish(self, status: EndStatus, artifacts: Sequence[Path] = (), grace_s: float = 10.0) -> str | None:
+        """Ship the rest, attach the files that exist, set the end status; the run id, if known.
+
+        Close the journal first. Takes at most about `grace_s` seconds; what is not done by then is left to `sync`.
+        """
+        if self._give_up.is_set():
+            return self.run_id
+        paths = tuple(str(path.resolve()) for path in artifacts)
+        self._remember(end=End(status=status, time_ms=round(time.time() * 1000), artifacts=paths))
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(grace_s)
+        self._give_up.set()
+        self._file.close()
+        end = self._file.state.end
+        if end is None or not end.delivered:
+            self.echo(
+                f"MLflow at {public_uri(self.uri)} has not got everything within {grace_s:g}s. Nothing is lost: "
+                f"`python jobs/runs.py --sync` sends the rest from {self.run_dir / JOURNAL_NAME}"
+            )
+        return self.run_id
+
+    def _remember(self, **changes: Any) -> None:
+        try:
+            self._file.update(**changes)
+        except OSError as error:
+            logger.warning("the state of MLflow shipping cannot be kept in %s: %s", self.run_dir, error)
+
+    def _run(self) -> None:
+        delay = PERIOD_S
+        while not self._give_up.is_set():
+            stopping = self._stop.is_set()
+            try:
+                self._delivery.deliver()
+            except Exception as error:  # noqa: BLE001 - whatever MLflow, its database or the network raise: training goes on
+                self._delivery.disconnect()
+                self._note(error)
+                delay = min(2 * delay, MAX_BACKOFF_S)
+            else:
+                if stopping:
+                    return
+                self._note(None)
+                delay = PERIOD_S
+            if stopping:
+                self._give_up.wait(0.5)
+            else:
+                self._stop.wait(delay)
+
+    def _note(self, error: Exception | None) -> None:
+        """Say when an outage begins and when it is over."""
+        if error is not None and not self._failing and not self._give_up.is_set():
+            reason = (str(error).splitlines() or [""])[0][:200]
+            self.echo(
+                f"MLflow at {public_uri(self.uri)} does not take metrics ({type(error).__name__}: {reason}). "
+                f"Training goes on; they wait in the journal"
+            )
+        if error is None and self._failing:
+            self.echo(f"MLflow at {public_uri(self.uri)} is back and has every metric")
+        self._failing = error is not None
+
+
+def sync(run_dir: Path, *, tracking_uri: str | None = None, echo: Callable[[str], None]) -> str | None:
+    """Bring MLflow up to the journal of a run whose driver is gone, in the foreground; its MLflow run id.
+
+    None if the run was not tracked. `tracking_uri` sends it to another store than before. A run whose driver left no
+    end status ends as KILLED.
+
+    Raises:
+        RaychatError: the store cannot be reached or refuses.
+    """
+    state = ShippingState.load(run_dir)
+    if state is None:
+        return None
+    uri = tracking_uri or state.uri
+    state = state.in_store(public_uri(uri), state.experiment)
+    journal = run_dir / JOURNAL_NAME
+    size, time_s = (journal.stat().st_size, journal.stat().st_mtime) if journal.exists() else (0, time.time())
+    if state.end is None:
+        state = dataclasses.replace(state, end=End(status="KILLED", time_ms=round(time_s * 1000)))
+    if state.end and state.end.delivered and state.offset == size:
+        return state.run_id
+    delivery = Delivery(uri, StateFile(run_dir, state), echo)
+    with failures_of(uri):
+        delivery.deliver()
+    return delivery.state.run_id
+
+
+def reconcile(tracking_uri: str, stale_s: float = 300.0) -> list[str]:
+    """End as KILLED the RUNNING runs of raychat whose last heartbeat is older than `stale_s` seconds; their ids.
+
+    A process that is killed cannot say so, and no server notices.
+
+    Raises:
+        RaychatError: the store cannot be reached or refuses.
+    """
+    dead: list[str] = []
+    with failures_of(tracking_uri):
+        client = open_client(tracking_uri)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        query, token = f"attributes.status = 'RUNNING' and tags.`{HEARTBEAT_TAG}` LIKE '%'", None
+        while token != "":
+            page = client.search_runs(experiments, query, page_token=token)
+            for run in page:
+                beat_s = float(run.data.tags[HEARTBEAT_TAG])
+                if time.time() - beat_s > stale_s:
+                    client.set_terminated(run.info.run_id, "KILLED", end_time=round(beat_s * 1000))
+                    dead.append(run.info.run_id)
+            token = page.token or ""
+    return dead
+
+
+def _previous(run_dir: Path) -> ShippingState | None:
+    try:
+        return ShippingState.load(run_dir)
+    except (DataError, OSError) as error:
+        logger.warning("%s", error)
+        return None

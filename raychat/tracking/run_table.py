@@ -1,0 +1,149 @@
+"""What runs there are and how far each came, read from their directories alone."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raychat.errors import DataError
+from raychat.tracking.journal import read_journal, records_from
+from raychat.tracking.summary import Summary
+
+LEASE_STALE_S = 60.0
+COLUMNS = ("tag", "status", "step", "val_bpb", "tok/s", "cost", "started", "updated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRow:
+    tag: str
+    status: str
+    """running, interrupted (its driver is gone without a word), or the status of the summary"""
+    step: int | None = None
+    num_iterations: int | None = None
+    val_bpb: float | None = None
+    tok_per_sec: float | None = None
+    cost_usd: float | None = None
+    started_s: float | None = None
+    """unix time of the first record"""
+    updated_s: float | None = None
+    """unix time when the journal was last written"""
+
+
+def default_base_dir() -> Path:
+    """`RAYCHAT_BASE_DIR`, or `~/.cache/raychat`."""
+    return Path(os.environ.get("RAYCHAT_BASE_DIR") or "~/.cache/raychat").expanduser()
+
+
+def run_dirs(base_dir: Path) -> list[Path]:
+    """The run directories below `base_dir` in the order of their names."""
+    runs = base_dir / "runs"
+    found = (path for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else ()
+    return sorted(path for path in found if any((path / name).exists() for name in ("config.json", "metrics.jsonl")))
+
+
+def is_live(run_dir: Path, now_s: float | None = None) -> bool:
+    """Whether a driver holds the lease of the run: its heartbeat is less than a minute old."""
+    heartbeat = _object(run_dir / "lease.json").get("heartbeat", 0.0)
+    return (time.time() if now_s is None else now_s) - heartbeat < LEASE_STALE_S
+
+
+def read_run(run_dir: Path, now_s: float | None = None) -> RunRow:
+    """The state of one run.
+
+    Raises:
+        DataError: the journal is of a newer format.
+    """
+    summary = _current_summary(run_dir)
+    journal = run_dir / "metrics.jsonl"
+    ended = summary is not None and not (is_live(run_dir, now_s) and _newer(run_dir / "lease.json", run_dir))
+    values = vars(summary) if summary and ended else _from_journal(run_dir)
+    first, _ = next(records_from(journal), ({}, 0)) if journal.exists() else ({}, 0)
+    return RunRow(
+        tag=run_dir.name,
+        status=values.get("status") or ("running" if is_live(run_dir, now_s) else "interrupted"),
+        started_s=first.get("time"),
+        updated_s=journal.stat().st_mtime if first else None,
+        **{name: values.get(name) for name in ("step", "num_iterations", "val_bpb", "tok_per_sec", "cost_usd")},
+    )
+
+
+def format_table(rows: Sequence[RunRow]) -> str:
+    """A plain table with a heading; what is not known is shown as `-`."""
+    cells = [COLUMNS, *map(_cells, rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
+    left = {0, 1}  # words to the left, numbers to the right
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _current_summary(run_dir: Path) -> Summary | None:
+    """The summary, unless the run has gone on since: a resumed run keeps the summary of its last end."""
+    path = run_dir / "summary.json"
+    try:
+        return None if _newer(run_dir / "metrics.jsonl", run_dir) else Summary.read(path)
+    except (FileNotFoundError, DataError):
+        return None
+
+
+def _newer(path: Path, run_dir: Path) -> bool:
+    """Whether `path` was written after the summary. By the file system's own clock, which may be another than ours."""
+    return path.exists() and path.stat().st_mtime_ns > (run_dir / "summary.json").stat().st_mtime_ns
+
+
+def _from_journal(run_dir: Path) -> dict[str, Any]:
+    latest: dict[str, Any] = {}
+    for record in read_journal(run_dir / "metrics.jsonl"):
+        latest |= {key: value for key, value in record.items() if value is not None}
+    planned = (_number(_object(run_dir / name), "num_iterations") for name in ("plan.json", "config.json"))
+    return {
+        "step": latest.get("step"),
+        "num_iterations": next(filter(None, planned), None),
+        "val_bpb": latest.get("val/bpb"),
+        "tok_per_sec": latest.get("train/tok_per_sec"),
+        "cost_usd": latest.get("cost/usd"),
+    }
+
+
+def _number(values: Mapping[str, Any], name: str) -> int | None:
+    """A positive setting, which may stand inside a group."""
+    groups = [values, *(value for value in values.values() if isinstance(value, dict))]
+    return next((group[name] for group in groups if isinstance(group.get(name), int) and group[name] > 0), None)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is none (the file is absent, or of another kind than expected)."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _cells(row: RunRow) -> tuple[str, ...]:
+    return (
+        row.tag,
+        row.status,
+        f"{_text(row.step, ',')}/{_text(row.num_iterations, ',')}",
+        _text(row.val_bpb, ".4f"),
+        _text(row.tok_per_sec, ",.0f"),
+        "-" if row.cost_usd is None else f"${row.cost_usd:,.2f}",
+        _clock(row.started_s),
+        _clock(row.updated_s),
+    )
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _clock(unix_s: float | None) -> str:
+    return "-" if unix_s is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))

@@ -1,0 +1,88 @@
+"""`summary.json`: how a run ended, in one flat object. Values that do not apply are null, never invented."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from raychat.atomic import write_json
+from raychat.errors import DataError
+
+Status = Literal["finished", "failed", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    status: Status
+    """finished: reached num_iterations; stopped: told to stop before that; failed: anything else"""
+    step: int | None = None
+    """optimizer steps done"""
+    num_iterations: int | None = None
+    """optimizer steps planned"""
+    rows_consumed: int | None = None
+    """packed rows of the training data that the surviving steps used"""
+    tokens: int | None = None
+    """tokens that the surviving steps used"""
+    val_bpb: float | None = None
+    """last validation result, in bits per byte"""
+    min_val_bpb: float | None = None
+    """best validation result, in bits per byte"""
+    core_metric: float | None = None
+    """centred accuracy over the CORE tasks"""
+    train_loss: float | None = None
+    """mean loss of the last step, in nats per token"""
+    total_training_time_s: float | None = None
+    """seconds in steps, without the first 10 of each process"""
+    wall_time_s: float | None = None
+    """seconds from the first start to the end, all attempts and the waits between them"""
+    goodput: float | None = None
+    """share of wall_time_s spent on steps that survived, 0 to 1"""
+    restarts: int | None = None
+    """times that the worker group or the driver was started again"""
+    preemptions: int | None = None
+    """of these, those announced by the cloud"""
+    replayed_steps: int | None = None
+    """steps that were run again after a restart"""
+    tok_per_sec: float | None = None
+    """tokens per second, all devices"""
+    mfu: float | None = None
+    """percent of the peak FLOPS; null when the peak is unknown"""
+    peak_memory_bytes: int | None = None
+    """the largest of any device"""
+    flops: float | None = None
+    """floating-point operations of the surviving steps"""
+    cost_usd: float | None = None
+    """null without a price"""
+    mlflow_run_id: str | None = None
+    checkpoint: str | None = None
+    """path or URI of the last checkpoint"""
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise ValueError(f"status must be one of {get_args(Status)}, not {self.status!r}")
+
+    def write(self, path: Path) -> None:
+        """Write to `path`, whole or not at all.
+
+        Raises:
+            ValueError: a value is NaN or infinite: neither is JSON, and neither is a result.
+        """
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "Summary":
+        """The summary at `path`. Keys of newer versions are ignored, absent ones are None.
+
+        Raises:
+            DataError: the file is no summary.
+            FileNotFoundError: there is none.
+        """
+        try:
+            values = json.loads(path.read_bytes())
+            known = {field.name for field in dataclasses.fields(cls)}
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path} is not the summary of a run ({error}): move it away; the next end of the run writes a new one"
+            ) from error
