@@ -1,6 +1,7 @@
 """Refusals that several settings share, each with the value that was given and one that works."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 from raychat.errors import ConfigError
@@ -13,10 +14,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def positive(group: object, *names: str) -> None:
-    """Refuse fields of `group` that are not above 0."""
+    """Refuse fields of `group` that are not above 0 and finite."""
     for name in names:
         value = getattr(group, name)
-        require(value > 0, f"--{name.replace('_', '-')} must be above 0, got {value}.")
+        require(0 < value < math.inf, f"--{name.replace('_', '-')} must be above 0, got {value}.")
 
 
 def positive_or_minus_one(group: object, *names: str) -> None:
@@ -24,15 +25,16 @@ def positive_or_minus_one(group: object, *names: str) -> None:
     for name in names:
         value = getattr(group, name)
         require(
-            value > 0 or value == -1, f"--{name.replace('_', '-')} must be above 0, or -1 to turn it off, got {value}."
+            0 < value < math.inf or value == -1,
+            f"--{name.replace('_', '-')} must be above 0, or -1 to turn it off, got {value}.",
         )
 
 
 def not_negative(group: object, *names: str) -> None:
-    """Refuse fields of `group` below 0."""
+    """Refuse fields of `group` that are below 0 or not finite."""
     for name in names:
         value = getattr(group, name)
-        require(value >= 0, f"--{name.replace('_', '-')} must be 0 or more, got {value}.")
+        require(0 <= value < math.inf, f"--{name.replace('_', '-')} must be 0 or more, got {value}.")
 
 
 def check_batch(total_batch_size: int, device_batch_size: int, max_seq_len: int) -> None:

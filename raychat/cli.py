@@ -1,6 +1,7 @@
 """The command line: defaults < `--preset` < flags, parsed from the dataclasses of `raychat.config` by tyro."""
 
 import errno
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -59,6 +60,9 @@ def run_job(main: Callable[[list[str]], int | None]) -> None:
         sys.stdout.flush()
         sys.stderr.write(f"error: {error}\n")
         code = error.exit_code
+    except BrokenPipeError:  # `| head` has seen enough; the flush at exit must not find the pipe again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise

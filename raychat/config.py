@@ -54,7 +54,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         positive(self, "log_every")
-        not_negative(self, "seed")
+        require(0 <= self.seed < 2**63, f"--seed must be at least 0 and below 2**63, got {self.seed}.")
         require(self.resume_from_step >= -1, f"--resume-from-step must be a step, or -1, got {self.resume_from_step}.")
         require(
             not (self.fresh and self.resume_from_step >= 0),
@@ -64,6 +64,12 @@ class RunSettings:
             require(
                 re.fullmatch(r"[\w.@+-]*", value) is not None and value not in (".", ".."),
                 f"--{flag} {value!r} names a folder: use letters, digits, '.', '_' and '-', for example d12-test.",
+            )
+        for flag, value in (("base-dir", self.base_dir), ("storage-path", self.storage_path)):
+            require(
+                "://" not in value,
+                f"--{flag} {value!r} is no folder of a file system: mount the object store and give the folder where it "
+                "is mounted, or give a shared folder.",
             )
 
 
@@ -106,7 +112,8 @@ class ModelSettings:
         )
         require(
             265 <= self.vocab_size <= 2**31,
-            f"--vocab-size must be at least 265 (256 bytes and nine special tokens), got {self.vocab_size}.",
+            "--vocab-size must be at least 265 (256 bytes and nine special tokens) and at most 2**31, "
+            f"got {self.vocab_size}.",
         )
         require(
             self.model_dim >= 24,
@@ -160,6 +167,9 @@ class HorizonSettings:
             max(self.num_iterations, self.target_flops, self.target_param_data_ratio) > 0,
             "Nothing says how long to train: give --num-iterations, --target-flops or --target-param-data-ratio.",
         )
+        for name, most in (("target_flops", 1e30), ("target_param_data_ratio", 1e6)):
+            value = getattr(self, name)
+            require(value <= most, f"--{name.replace('_', '-')} must be at most {most:g}, got {value:g}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,15 +409,9 @@ class Config:
 
     @property
     def runs_dir(self) -> Path:
-        """Absolute folder of the run directories. Raises ConfigError for an object store."""
+        """Absolute folder of the run directories."""
         chosen = self.run.storage_path
-        if not chosen:
-            return self.base_dir / "runs"
-        require(
-            "://" not in chosen,
-            f"--storage-path {chosen!r}: runs are kept on a file system; mount the object store, or give a shared folder.",
-        )
-        return Path(chosen).expanduser().absolute()
+        return Path(chosen).expanduser().absolute() if chosen else self.base_dir / "runs"
 
     @property
     def run_dir(self) -> Path:

@@ -230,6 +230,20 @@ def read_manifest(folder: Path) -> Manifest | None:
     return Manifest(folder=folder, fingerprint=content["fingerprint"], spec=spec, shards=shards)
 
 
+def verify_shard(folder: Path, shard: ShardInfo) -> None:
+    """Read every byte of a shard.
+
+    Raises:
+        DataError: when they are not those that were written.
+    """
+    file = folder / shard.file
+    if _crc32(file) != shard.crc32:
+        raise DataError(
+            f"Token shard {file} is damaged: its checksum is wrong. Delete it and {folder / 'manifest.json'}, and run the "
+            "same command: it is made again."
+        )
+
+
 class RowReader:
     """Rows of one split by their id, which counts over the shards in order. Shards are mapped, not loaded."""
 
@@ -258,7 +272,10 @@ class RowReader:
                 with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
                     batches = [file.get_batch(i).column(0) for i in range(file.num_record_batches)]
             except (OSError, pa.ArrowInvalid) as error:
-                raise DataError(f"Token shard {path} cannot be read ({error}): delete it and its manifest.") from error
+                raise DataError(
+                    f"Token shard {path} cannot be read ({error}): delete it and {self._folder / 'manifest.json'}, and it "
+                    "is made again."
+                ) from error
             self._chunks[index] = [
                 column.flatten().to_numpy(zero_copy_only=True).reshape(-1, self.row_len) for column in batches
             ]

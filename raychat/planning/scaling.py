@@ -149,6 +149,12 @@ def recipe(config: Config) -> Recipe:
     if total == -1:
         total = optimal_batch(quotient)
     check_batch(total, config.batch.device_batch_size, config.model.max_seq_len)
+    rows, workers = total // config.model.max_seq_len, config.cluster.num_workers
+    require(
+        workers == "auto" or workers <= rows,
+        f"--num-workers {workers} is more than the {rows:,} sequences of a batch: use at most {rows:,}, or raise "
+        "--total-batch-size.",
+    )
     flops = flops_per_token(model_shape(config.model))
     iterations = _iterations(config.horizon, tokens, total, flops)
     return Recipe(
