@@ -44,7 +44,10 @@ def load_presets(names: str) -> Config:
     values: dict[str, Any] = {}
     for name in filter(None, (part.strip() for part in names.split(","))):
         values |= _read_preset(name)
-    return Config.from_flat(values | {"preset": names})
+    try:
+        return Config.from_flat(values | {"preset": names})
+    except ConfigError as error:
+        raise ConfigError(f"In the preset {names!r}: {error}") from error
 
 
 def preset_names() -> list[str]:
@@ -86,11 +89,6 @@ def _read_preset(name: str) -> dict[str, Any]:
         values = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"The preset {name!r} is not valid TOML: {error}.") from error
-    try:
-        Config.from_flat({key: value for key, value in values.items() if key != "preset"})
-    except ConfigError as error:
-        if "both set" not in str(error):  # a layer below may be what makes a value possible
-            raise ConfigError(f"In the preset {name!r}: {error}") from error
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 

@@ -72,7 +72,7 @@ def read_lease(path: Path) -> dict[str, Any] | None:
     try:
         lease = json.loads(path.read_text())
         return lease if {"holder", "host", "pid", "heartbeat"} <= lease.keys() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # the last: JSON, and no object
         return None
 
 
