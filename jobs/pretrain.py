@@ -1,8 +1,10 @@
 """Pretrain a base model on Ray.
 
-python jobs/pretrain.py --preset demo                      a few minutes on a laptop
-python jobs/pretrain.py --depth 12 --num-workers 8         the scaling laws decide the rest
-ray job submit -- python jobs/pretrain.py --depth 10       on a cluster
+  python jobs/pretrain.py --preset demo                      a few minutes on a laptop
+  python jobs/pretrain.py --depth 12 --num-workers 8         the scaling laws decide the rest
+  ray job submit -- python jobs/pretrain.py --depth 10       on a cluster
+
+Flags stand over presets, presets over defaults.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Train the tokenizer of a run and nothing else, and say how well it compresses text that it was not trained on.
 
   python jobs/train_tokenizer.py --corpus my/texts --vocab-size 8192
-  python jobs/train_tokenizer.py --corpus my/texts --vocab-size 8192 --tokenizer ./mine     kept in a folder of its own
+  python jobs/train_tokenizer.py --corpus my/texts --vocab-size 8192 --tokenizer mine     kept under that name
 
 A tokenizer that is there already is not trained again. Flags are those of jobs/pretrain.py.
 """

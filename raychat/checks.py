@@ -2,6 +2,8 @@
 
 import difflib
 import math
+import re
+import socket
 from collections.abc import Iterable
 
 from raychat.errors import ConfigError
@@ -55,6 +57,24 @@ def check_batch(total_batch_size: int, device_batch_size: int, max_seq_len: int)
         f"{max_seq_len:,}) = {total_batch_size / (device_batch_size * max_seq_len):.2f} passes, which must be a whole number. "
         f"Powers of two that divide this batch: {fitting}."
     )
+
+
+def check_reachable(address: str) -> None:
+    """Refuse a Ray address where nothing listens, in seconds: Ray itself would try for minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^/]*?)\]?:(\d{1,5})", address)
+    if not found:
+        require(
+            address in ("auto", "local") or "://" in address,
+            f"--address {address!r} is no address of a Ray cluster: give host:port, as `ray start --head` prints it, or auto.",
+        )
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"There is no Ray cluster at {address!r} ({error}). Start one with `ray start --head`, correct --address or "
+            "RAY_ADDRESS, or leave both out to start one here."
+        ) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

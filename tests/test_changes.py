@@ -37,9 +37,9 @@ def changes(old, new, *, permitted=False, fingerprints=("aa", "aa")):
 
 def test_every_flag_has_its_class():
     """A new flag must be put into one of these lists, which is a decision about resuming."""
-    classes = {name: "never" for name in NEVER.split()}
-    classes |= {name: "permission" for name in PERMISSION.split()}
-    classes |= {name: "free" for name in (FREE + " " + DATA).split()}
+    classes = dict.fromkeys(NEVER.split(), "never")
+    classes |= dict.fromkeys(PERMISSION.split(), "permission")
+    classes |= dict.fromkeys((FREE + " " + DATA).split(), "free")
     assert {name: kind_of(name) for name in Config().flat()} == classes
 
 

@@ -4,8 +4,8 @@ import shutil
 
 import numpy as np
 import pytest
-
 from conftest import write_corpus
+
 from raychat.data import prepare as module
 from raychat.data.prepare import check_writable, make_in_process, open_corpus, prepare, tokenizer_folder
 from raychat.data.shards import RowReader, fingerprint

@@ -11,8 +11,8 @@ import sys
 
 import numpy as np
 import pytest
-
 from conftest import write_corpus
+
 from raychat.data import shards as module
 from raychat.data.corpus import iter_documents, open_corpus, read_documents
 from raychat.data.pack import pack

@@ -143,7 +143,9 @@ def iter_documents(sources: Iterable[Source], *, text_column: str) -> Iterator[s
                 found = True
                 yield text
     if not found:
-        raise DataError(f"there is no text in {', '.join(names) or 'no files'}: every document is empty")
+        raise DataError(
+            f"there is no text in {', '.join(names) or 'no files'}: every document is empty. Check --corpus and --text-column."
+        )
 
 
 def _climbmix(base_dir: Path, num_data_shards: int, echo: Callable[[str], None]) -> list[str]:

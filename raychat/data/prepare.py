@@ -15,6 +15,7 @@ import numpy as np
 from raychat.config import Config
 from raychat.data import corpus as corpora
 from raychat.data.corpus import Corpus
+from raychat.data.order import Order, lanes_for
 from raychat.data.pack import kept_share
 from raychat.data.shards import (
     Manifest,
@@ -73,7 +74,10 @@ def ensure_tokenizer(config: Config, corpus: Corpus, *, echo: Callable[[str], No
     folder = tokenizer_folder(config, corpus)
     if not (folder / "tokenizer.json").exists():
         if config.data.tokenizer and os.sep in config.data.tokenizer:
-            raise DataError(f"--tokenizer {config.data.tokenizer!r}: there is no tokenizer in {folder}.")
+            raise DataError(
+                f"--tokenizer {config.data.tokenizer!r}: there is no tokenizer in {folder}. Correct the folder, or "
+                "leave --tokenizer out, and one is trained on this corpus."
+            )
         echo(f"training a tokenizer of {config.model.vocab_size:,} tokens on corpus {corpus.name}")
         trained = train_tokenizer(
             corpora.iter_documents(corpus.train, text_column=corpus.text_column),
@@ -147,6 +151,8 @@ def prepare(config: Config, *, with_gpus: bool, maker: Maker, echo: Callable[[st
     if manifest is None:
         tasks = shard_tasks(spec, corpus, tokenizer_dir, folder)
         manifest = write_manifest(folder, mark, spec, _make(tasks, maker, echo), corpus)
+    rows_per_batch = recipe(config).total_batch_size // seq_len
+    Order([shard.rows for shard in manifest.split("train")], seed=config.run.seed, lanes=lanes_for(rows_per_batch))
     echo(
         f"tokens: {manifest.rows('train') * seq_len:,} for training in {manifest.rows('train'):,} rows, "
         f"{manifest.rows('val') * seq_len:,} for validation ({spec.packing}, fingerprint {mark})"

@@ -29,6 +29,7 @@ from raychat.on_ray.worker import train_worker
 from raychat.tracking.mlflow_shipper import MLflowShipper
 from raychat.tracking.summary import Summary
 from raychat.tracking.tracking_uri import default_tracking_uri, store_error
+from raychat.training import device
 from raychat.training.build import Job
 from raychat.training.session import Session
 
@@ -49,6 +50,8 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
         RaychatError: what the user gave cannot work, or the run failed for good.
     """
     tracking_uri = _tracking_uri(config)
+    if clusters.address_of(config) == "local":
+        device.resolve(config, local_world_size=1)  # refuse what this machine has not before anything is prepared
     with contextlib.ExitStack() as stack:
         cluster = LazyCluster(config, stack, echo)
         data = prepare(config, with_gpus=cluster.has_gpus(), maker=cluster.make_shards, echo=echo)

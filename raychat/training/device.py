@@ -64,7 +64,7 @@ def resolve(config: Config, *, local_world_size: int) -> Resolved:
     name = torch.cuda.get_device_name() if kind == "cuda" else kind
     dtype, reason = _dtype(precision.dtype, kind)
     if precision.fp8 and (problem := fp8.fp8_capable(torch.device(kind))):
-        raise ConfigError(f"--fp8: {problem} Leave --fp8 out.")
+        raise ConfigError(f"--fp8: {problem}. Leave --fp8 out.")
     backend, backend_reason = attention.choose_backend(torch.device(kind), DTYPES[dtype])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // local_world_size)

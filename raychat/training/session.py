@@ -142,7 +142,11 @@ class Session:
         if wanted not in there:
             raise CheckpointError(
                 f"--resume-from-step {wanted}: {self.checkpoints} holds "
-                + (f"the steps {', '.join(map(str, sorted(there)))}." if there else "no checkpoint.")
+                + (
+                    f"the steps {', '.join(map(str, sorted(there)))}."
+                    if there
+                    else "no checkpoint: leave it out to start at the beginning."
+                )
             )
         return checkpoint.verify(self.checkpoints / checkpoint.folder_name(wanted))
 
