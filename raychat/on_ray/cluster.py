@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import ray
 
+from raychat.checks import check_reachable
 from raychat.config import Config
 from raychat.errors import ConfigError
 
@@ -54,8 +55,9 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
     address = address_of(config)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it says that the safe default holds
+    check_reachable(address)
     local = address == "local"
     workers = config.cluster.num_workers if config.cluster.num_workers != "auto" else 1
     echo("starting Ray on this machine" if local else f"connecting to Ray at {address}")

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import ray
 
@@ -19,14 +18,10 @@ def make_on_ray(tasks: list[ShardTask]) -> Iterator[ShardInfo]:
     if not tasks:
         return
     quiet_ray_data()
-    dataset = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
-    made = dataset.map(_make, num_cpus=1)
+    numbers = ray.data.range(len(tasks), override_num_blocks=len(tasks))
+    made = numbers.map(lambda row: dataclasses.asdict(make_shard(tasks[row["id"]])), num_cpus=1)
     try:
         for row in made.iter_rows():
             yield ShardInfo(**row)
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, Exception) else error) from None
-
-
-def _make(row: dict[str, ShardTask]) -> dict[str, Any]:
-    return dataclasses.asdict(make_shard(row["task"]))

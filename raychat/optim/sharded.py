@@ -64,11 +64,13 @@ class MuonAdamW(torch.optim.Optimizer):
         A parameter without gradient counts as zero.
         """
         grads = self._exchange.reduce(self.stacks)
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for pieces in grads for g in pieces]
-        square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+        # In float32 the sum over a large tensor depends on how threads and ranks cut it, to 1e-4 relative.
+        precise = torch.float32 if self.device.type == "mps" else torch.float64
+        norms = [torch.linalg.vector_norm(g, dtype=precise) for pieces in grads for g in pieces]
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=precise, device=self.device)
         if self.world > 1:
             dist.all_reduce(square)
-        norm = square.sqrt() / self.grad_scale
+        norm = square.sqrt().float() / self.grad_scale
         self._reduced = grads, norm
         return norm
 
