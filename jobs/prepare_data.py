@@ -10,9 +10,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a checkout where only dependencies are installed
+# A checkout where only the dependencies are installed is enough.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat import cli
 from raychat.planning import format_plan, make_plan

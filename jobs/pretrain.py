@@ -10,9 +10,8 @@ Flags stand over presets, presets over defaults.
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a checkout where only dependencies are installed
+# A checkout where only the dependencies are installed is enough.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat import cli
 from raychat.atomic import write_json
@@ -31,9 +30,7 @@ def main(args: list[str]) -> int:
         return 0
     from raychat.on_ray import driver  # after the checks: ray and torch take seconds to load
 
-    summary = driver.run(config, echo=lambda text: print(text, flush=True))
-    if summary:
-        print(f"{summary.status}: {config.run_dir / 'summary.json'}")
+    driver.run(config, echo=lambda text: print(text, flush=True))
     return 0
 
 

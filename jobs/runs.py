@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # works from a checkout where only dependencies are installed
+# A checkout where only the dependencies are installed is enough.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat.errors import RaychatError
 from raychat.tracking.mlflow_shipper import reconcile, sync

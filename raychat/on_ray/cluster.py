@@ -35,6 +35,12 @@ class Cluster:
         return int(ray.cluster_resources().get("GPU", 0))
 
     @property
+    def accelerators(self) -> list[str]:
+        """Kinds of GPU of the nodes that are alive, as Ray names them."""
+        prefix = "accelerator_type:"
+        return sorted(name.removeprefix(prefix) for name in ray.cluster_resources() if name.startswith(prefix))
+
+    @property
     def cpus(self) -> int:
         """CPUs of the nodes that are alive."""
         return int(ray.cluster_resources().get("CPU", 0))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -20,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raychat.config import Config
 from raychat.data.prepare import prepare
 from raychat.data.shards import ShardInfo, ShardTask
-from raychat.errors import RaychatError
+from raychat.errors import ConfigError, RaychatError
 from raychat.on_ray import cluster as clusters
 from raychat.on_ray.inbox import open_inbox
 from raychat.on_ray.shards import make_on_ray
@@ -35,6 +36,8 @@ from raychat.training.session import Session
 
 Echo = Callable[[str], None]
 PUMP_S = 0.2
+FINISH_S = 20.0  # for MLflow to take the last points and artifacts; what is left, `jobs/runs.py --sync` sends
+UPLOAD_S = 1800.0  # when a checkpoint is among them
 
 
 class RunFailedError(RaychatError):
@@ -50,44 +53,50 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
         RaychatError: what the user gave cannot work, or the run failed for good.
     """
     tracking_uri = _tracking_uri(config)
-    if clusters.address_of(config) == "local":
-        device.resolve(config, local_world_size=1)  # refuse what this machine has not before anything is prepared
+    if clusters.address_of(config) == "local":  # refuse what this machine has not before anything is prepared
+        device.refuse_gpu_sized(config, device.resolve(config, local_world_size=1))
     with contextlib.ExitStack() as stack:
         cluster = LazyCluster(config, stack, echo)
         data = prepare(config, with_gpus=cluster.has_gpus(), maker=cluster.make_shards, echo=echo)
         session = Session(config, data, echo=echo)
         if session.done:
             session.abort()
-            echo(
-                f"done: {session.run_dir} reached its horizon of {session.recipe.num_iterations:,} steps before "
-                "(--fresh starts over; a longer horizon with --allow-config-change goes on)"
-            )
+            echo(session.done_line())
             return None
-        shipper = _shipper(session, tracking_uri, echo)
-        return _run_session(session, cluster, shipper)
+        try:
+            live = cluster.connected()
+            _check_cluster(config, live)
+        except BaseException:
+            session.abort()
+            raise
+        return _run_session(session, live, tracking_uri)
 
 
-def _run_session(session: Session, cluster: "LazyCluster", shipper: MLflowShipper | None) -> Summary:
+def _run_session(session: Session, cluster: clusters.Cluster, tracking_uri: str | None) -> Summary:
     status: Literal["finished", "failed", "stopped"] = "failed"
+    shipper = _shipper(session, tracking_uri, cluster)
     try:
         session.echo(f"run directory: {session.run_dir}")
-        cluster.connected()
-        if shipper:
-            shipper.start()
-        status = _attempts(session, cluster.connected())
+        status = _attempts(session, cluster, shipper)
     finally:
-        run_id = shipper.run_id if shipper else None
-        summary = session.close(status, mlflow_run_id=run_id)
+        summary = session.close(status, mlflow_run_id=shipper.run_id if shipper else None)
         if shipper:
-            _finish_tracking(session, shipper, status)
+            _finish_tracking(session, shipper, summary)
+        for line in session.closing_lines(summary):
+            session.echo(line)
     return summary
 
 
-def _attempts(session: Session, cluster: clusters.Cluster) -> Literal["finished", "stopped"]:
-    failures, best_step = 0, -1
+def _attempts(
+    session: Session, cluster: clusters.Cluster, shipper: MLflowShipper | None
+) -> Literal["finished", "stopped"]:
+    most, failures, best_step, started = session.config.cluster.max_failures, 0, -1, False
     while True:
         workers, use_gpu = choose_workers(session.config, cluster)
         job = session.begin_attempt(world_size=workers, use_gpu=use_gpu)
+        if shipper and not started:  # after the journal says where the first attempt begins
+            shipper.start()
+            started = True
         step = session.start.step if session.start else 0
         failures = failures if step <= best_step else 0  # progress since the last failure starts the count anew
         best_step = step
@@ -97,12 +106,10 @@ def _attempts(session: Session, cluster: clusters.Cluster) -> Literal["finished"
         if session.failure:
             raise WorkerError(session.failure.message, session.failure.exit_code)
         failures += 1
-        if failures > session.config.cluster.max_failures:
+        if failures > most:
             raise RunFailedError(f"training failed {failures} times from step {step}: {error}")
         session.echo(f"attempt {job.attempt} failed: {error}")
-        session.echo(
-            f"restarting from the newest checkpoint (failure {failures} of {session.config.cluster.max_failures})"
-        )
+        session.echo(f"restarting from the newest checkpoint (failure {failures} of {most})")
 
 
 class WorkerError(RaychatError):
@@ -120,14 +127,15 @@ def _attempt(session: Session, job: Job, workers: int, use_gpu: bool) -> str:
         train_worker,
         train_loop_config={"job": dataclasses.asdict(job), "inbox": inbox},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
+        # ray.train's names are those of its second version; the type checker sees the first.
+        scaling_config=ScalingConfig(  # pyrefly: ignore[bad-argument-type]
             num_workers=workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # pyrefly: ignore[bad-argument-type]
             name=f"attempt-{job.attempt}",
             storage_path=str(session.run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=0),
-            logging_config=LoggingConfig(log_level="ERROR"),
+            failure_config=FailureConfig(max_failures=0),  # pyrefly: ignore[bad-argument-type]
+            logging_config=LoggingConfig(log_level="ERROR"),  # pyrefly: ignore[unexpected-keyword]
         ),
         datasets={"train": _no_dataset},
         dataset_config=RowsDataConfig(),
@@ -155,6 +163,8 @@ def _pump(inbox: Any, session: Session) -> Iterator[None]:
     def drain() -> None:
         for event in ray.get(inbox.take.remote()):
             session.receive(event)
+        if session.lease.lost:
+            inbox.ask_to_stop.remote()
 
     def work() -> None:
         while not stop.wait(PUMP_S):
@@ -244,31 +254,53 @@ def _tracking_uri(config: Config) -> str | None:
     return uri
 
 
-def _shipper(session: Session, uri: str | None, echo: Echo) -> MLflowShipper | None:
+def _shipper(session: Session, uri: str | None, cluster: clusters.Cluster) -> MLflowShipper | None:
     if uri is None:
         return None
     config, manifest = session.config, session.data.manifest
+    workers, use_gpu = choose_workers(config, cluster)
     return MLflowShipper(
         session.run_dir,
         tracking_uri=uri,
         experiment=config.run.experiment,
         run_name=config.run.run or config.model_tag,
         params=config.flat() | dataclasses.asdict(session.recipe),
-        tags={"raychat.git_commit": _git_commit(), "raychat.run_dir": str(session.run_dir)},
+        tags={
+            "raychat.git_commit": _git_commit(),
+            "raychat.run_dir": str(session.run_dir),
+            "raychat.world_size": workers,
+            "raychat.device": ", ".join(cluster.accelerators) or "gpu" if use_gpu else "cpu",
+        },
         dataset={
             "name": session.data.corpus.name,
             "source": config.data.corpus or session.data.corpus.name,
             "digest": manifest.fingerprint,
         },
-        echo=echo,
+        echo=session.echo,
     )
 
 
-def _finish_tracking(session: Session, shipper: MLflowShipper, status: str) -> None:
+def _finish_tracking(session: Session, shipper: MLflowShipper, summary: Summary) -> None:
     names = ("config.json", "plan.json", "summary.json", "loss_curve.png")
     artifacts = [path for name in names if (path := session.run_dir / name).exists()]
-    ended: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {"finished": "FINISHED", "stopped": "KILLED"}
-    shipper.finish(ended.get(status, "FAILED"), artifacts)
+    grace_s = FINISH_S
+    if session.config.run.upload_checkpoint and summary.checkpoint:
+        session.echo(f"uploading {summary.checkpoint} to MLflow")
+        artifacts.append(Path(summary.checkpoint))
+        grace_s = UPLOAD_S
+    ended: dict[str, Literal["FINISHED", "KILLED"]] = {"finished": "FINISHED", "stopped": "KILLED"}
+    shipper.finish(ended.get(summary.status, "FAILED"), artifacts, grace_s)
+
+
+def _check_cluster(config: Config, cluster: clusters.Cluster) -> None:
+    """Refuse what the cluster has not, as far as its nodes are up."""
+    if cluster.started_here or cluster.gpus:
+        return
+    if config.precision.device_type == "cuda" or config.precision.fp8:
+        flag = "--fp8" if config.precision.fp8 else "--device-type cuda"
+        raise ConfigError(
+            f"{flag}: the cluster at {cluster.address} has no GPU. Add GPU nodes to it, or leave the flag out."
+        )
 
 
 def _git_commit() -> str:

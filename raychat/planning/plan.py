@@ -72,7 +72,8 @@ def format_plan(plan: dict[str, Any]) -> str:
             f"model     depth {model['depth']}, width {model['model_dim']}, {model['heads']} heads of {model['head_dim']}, "
             f"context {model['max_seq_len']:,}, vocabulary {model['vocab_size']:,}",
             f"          {params['total']:,} parameters: blocks {params['transformer_matrices']:,}, "
-            f"lm_head {params['lm_head']:,}, wte {params['wte']:,}, value embeddings {params['value_embeds']:,}, scalars {params['scalars']:,}",
+            f"lm_head {params['lm_head']:,}, wte {params['wte']:,}, "
+            f"value embeddings {params['value_embeds']:,}, scalars {params['scalars']:,}",
             f"          {params['scaling']:,} scaling parameters, {model['flops_per_token']:.4g} FLOPs per token",
             f"batch     {batch['total_batch_size']:,} tokens = {batch['rows']:,} sequences a step, "
             f"{batch['device_batch_size']} a pass ({batch['passes_on_one_device']} passes on one device)",

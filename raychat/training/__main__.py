@@ -38,7 +38,8 @@ def main(args: list[str]) -> int:
         return 0
     world = World.from_environment()
     kind = device.device_type(config.precision.device_type)
-    device.resolve(config, local_world_size=world.local_world_size)  # refuse before anything is prepared
+    # Refuse before anything is prepared.
+    device.refuse_gpu_sized(config, device.resolve(config, local_world_size=world.local_world_size))
     if world.world_size > 1:
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(f"cpu:gloo,cuda:{backend}" if kind == "cuda" else backend, timeout=PREPARE_TIMEOUT)
@@ -80,7 +81,7 @@ def _run(config: Config, world: World, *, with_gpus: bool) -> int:
     if job is None:
         if session:
             session.abort()
-            _echo(f"done: {session.run_dir} reached its horizon of {session.recipe.num_iterations:,} steps")
+            _echo(session.done_line())
         return 0
     status: Literal["finished", "failed", "stopped"] = "failed"
     try:
@@ -89,8 +90,8 @@ def _run(config: Config, world: World, *, with_gpus: bool) -> int:
         status = "finished" if finished else "stopped"
     finally:
         if session:
-            summary = session.close(status)
-            _echo(f"{status}: step {summary.step}, val_bpb {summary.val_bpb}, {session.run_dir}")
+            for line in session.closing_lines(session.close(status)):
+                _echo(line)
     return 0
 
 

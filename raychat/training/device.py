@@ -11,8 +11,10 @@ import torch
 from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.model import attention, fp8
-from raychat.planning.devices import DevicePeak, device_peak
+from raychat.planning import recipe
+from raychat.planning.devices import DevicePeak, cpu_hours, device_peak
 
+MAX_CPU_HOURS = 24.0
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
@@ -66,8 +68,7 @@ def resolve(config: Config, *, local_world_size: int) -> Resolved:
     if precision.fp8 and (problem := fp8.fp8_capable(torch.device(kind))):
         raise ConfigError(f"--fp8: {problem}. Leave --fp8 out.")
     backend, backend_reason = attention.choose_backend(torch.device(kind), DTYPES[dtype])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // local_world_size)
+    threads = max(1, _cores() // local_world_size)
     return Resolved(
         device_type=kind,
         device_name=name,
@@ -82,6 +83,20 @@ def resolve(config: Config, *, local_world_size: int) -> Resolved:
     )
 
 
+def refuse_gpu_sized(config: Config, resolved: Resolved) -> None:
+    """Refuse a run that would take days on this CPU, with the hours, unless `--force` is given."""
+    if resolved.device_type != "cpu" or config.run.force:
+        return
+    cores = _cores()
+    hours = cpu_hours(recipe(config).flops, resolved.dtype, cores)
+    if hours > MAX_CPU_HOURS:
+        raise ConfigError(
+            f"This run takes {recipe(config).flops:.2g} FLOPs, about {hours:,.0f} hours on the {cores} CPU cores here. "
+            "Use a machine or cluster with GPUs, a smaller --depth or --num-iterations (--preset d4-cpu takes minutes), "
+            "or --force."
+        )
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Largest memory of this process so far: of the device where it counts, else resident memory."""
     if device.type == "cuda":
@@ -89,6 +104,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource  # not on every system, and only asked at the end
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _dtype(requested: str, kind: str) -> tuple[str, str]:

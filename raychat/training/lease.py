@@ -31,6 +31,8 @@ class Lease:
             "pid": os.getpid(),
             "since": time.time(),
         }
+        self.lost = False
+        """another driver took the lease over while this one was not beating: nothing may be written any more"""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
 
@@ -58,6 +60,9 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
+            if (holder := read_lease(self.path)) and holder["holder"] != self._mine["holder"]:
+                self.lost = True
+                return
             try:
                 self._write()
             except OSError:  # a full disk must not end the run; the next beat tries again

@@ -19,6 +19,7 @@ from raychat.config import Config
 from raychat.data.prepare import TokenData, check_writable
 from raychat.errors import CheckpointError, ConfigError
 from raychat.planning import make_plan, model_shape, param_counts, recipe
+from raychat.progress import format_duration
 from raychat.tracking.figures import loss_curve
 from raychat.tracking.journal import Journal, read_journal, records_from
 from raychat.tracking.summary import Summary
@@ -70,6 +71,15 @@ class Session:
         """Whether the run has nothing left to do."""
         return self.start is not None and self.start.step >= self.recipe.num_iterations
 
+    def done_line(self) -> str:
+        """What to tell a user whose run has nothing left to do."""
+        step, bpb = (self.start.step, self.state.get("val_bpb")) if self.start else (0, None)
+        return (
+            f"done: {self.run_dir} reached its horizon of {step:,} steps before"
+            + (f" (val bpb {bpb:.4f})" if bpb is not None else "")
+            + ". --fresh starts over; a longer horizon with --allow-config-change goes on."
+        )
+
     def begin_attempt(self, **facts: Any) -> Job:
         """What the ranks need for the next attempt, from the newest good checkpoint. `facts` go into the journal."""
         starts, wall_before = self._history()
@@ -99,6 +109,9 @@ class Session:
 
     def receive(self, event: Event) -> None:
         """Take in what a training process tells."""
+        if self.lease.lost:
+            self.failure = Failed(f"Another driver has taken over {self.run_dir}: this one writes nothing more.", 1)
+            return
         match event:
             case Line(text):
                 self.echo(text)
@@ -118,6 +131,8 @@ class Session:
     def close(self, status: Literal["finished", "failed", "stopped"], *, mlflow_run_id: str | None = None) -> Summary:
         """Write the loss curve and `summary.json`, give the lease back, and return the summary."""
         try:
+            if self.lease.lost:
+                return self._summary(status, [], mlflow_run_id)
             self.journal.event("end", status=status)
             self.journal.close()
             records = read_journal(self.journal.path)
@@ -128,6 +143,26 @@ class Session:
         finally:
             self.lease.release()
         return summary
+
+    def closing_lines(self, summary: Summary) -> list[str]:
+        """How the run ended, for the console."""
+        bpb = [r["val/bpb"] for r in read_journal(self.journal.path) if r.get("val/bpb") is not None]
+        facts = [f"step {summary.step or 0:,} of {summary.num_iterations or 0:,}"]
+        if bpb:
+            facts.append(f"val bpb {bpb[0]:.4f} -> {bpb[-1]:.4f}")
+        if summary.tokens:
+            facts.append(f"{summary.tokens:,} tokens")
+        if summary.tok_per_sec:
+            facts.append(f"{summary.tok_per_sec:,.0f} tok/s")
+        facts.append(f"{format_duration(summary.wall_time_s or 0)} wall time, goodput {summary.goodput or 0:.0%}")
+        if summary.cost_usd is not None:
+            facts.append(f"${summary.cost_usd:.2f}")
+        lines = [f"{summary.status}: {', '.join(facts)}", f"  summary    {self.run_dir / 'summary.json'}"]
+        if (curve := self.run_dir / "loss_curve.png").exists():
+            lines.append(f"  loss curve {curve}")
+        if summary.checkpoint:
+            lines.append(f"  checkpoint {summary.checkpoint}")
+        return lines
 
     def abort(self) -> None:
         """Give the lease back without a word about the run: nothing was tried."""
