@@ -128,6 +128,7 @@ class Trainer:
         self.forward = torch.compile(model, dynamic=False) if resolved.compile else model
         self.token_bytes = torch.as_tensor(tokenizer.token_bytes, device=self.device)
         self.steps_here, self.timed_here_s = 0, 0.0
+        self.saved_at = state.step if state.step else None
         self.save_clock = SaveClock(config.save.save_every)
         self.scaler = LossScaler.restore(resolved.dtype, state.loss_scale, state.loss_scale_good_steps)
 
@@ -143,7 +144,8 @@ class Trainer:
                 self._evaluate()
             if self._due(self.config.eval.sample_every, last) and step > 0:
                 self._sample()
-            if last or signal >= Signal.SAVE or self.save_clock.due_at(step):
+            wanted = last or signal >= Signal.SAVE or self.save_clock.due_at(step)
+            if wanted and step != self.saved_at:
                 self._save(must=last or signal is Signal.STOP)
             if last or signal is Signal.STOP:
                 self._send(Ended(last, asdict(self.state), peak_memory_bytes(self.device)))
@@ -321,6 +323,7 @@ class Trainer:
             return
         finally:
             self.save_clock.saved(time.perf_counter() - start)
+        self.saved_at = step
         if self.world.rank == 0:
             checkpoint.prune(self.around.checkpoints, self.config.save.keep_checkpoints)
         self._send(Saved(step, str(path), asdict(self.state)))

@@ -90,8 +90,9 @@ class Session:
         step = self.start.step if self.start else 0
         if rollback and (later := checkpoint.abandon_after(self.checkpoints, step, attempt)):
             self.echo(f"checkpoints of steps {', '.join(map(str, later))} moved to abandoned-{attempt}/")
-        replayed = max(0, self.journal.high_water + 1 - step)
-        if replayed and self._first_attempt and (rollback or self.changed or not self.start):
+        logged = [record["step"] for record in read_journal(self.journal.path) if "train/loss" in record]
+        replayed = max(0, max(logged, default=-1) + 1 - step)
+        if self.journal.high_water >= step and self._first_attempt and (rollback or self.changed or not self.start):
             self.journal.event("branch", from_step=step)  # what was logged from here on is of another training
             replayed = 0
         self._first_attempt = False

@@ -1,0 +1,216 @@
+"""A checkpoint is whole or absent, what is damaged is noticed, and it does not depend on how many ranks wrote it."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from raychat.errors import CheckpointError
+from raychat.model import GPT, GPTConfig
+from raychat.optim import build_optimizer
+from raychat.training import checkpoint
+from raychat.training.world import World
+
+SHAPE = {
+    "sequence_len": 16,
+    "vocab_size": 70,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_kv_head": 2,
+    "n_embd": 32,
+    "window_pattern": "L",
+}
+
+
+def trained(steps: int = 2, seed: int = 0):
+    """A small model and its optimizer after some steps, on as many ranks as there are."""
+    model = GPT(GPTConfig(**SHAPE))
+    optimizer = build_optimizer(model)
+    for step in range(steps):
+        tokens = torch.randint(70, (4, 17), generator=torch.Generator().manual_seed(100 * seed + step))
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def meta(step: int, val_bpb: float | None = None) -> dict:
+    return {"step": step, "state": {"val_bpb": val_bpb}}
+
+
+def save_here(root, step: int = 2, val_bpb: float | None = None):
+    model, optimizer = trained()
+    return checkpoint.save(root, model, optimizer, meta(step, val_bpb), World())
+
+
+def test_saved_and_loaded_is_the_same_bit_for_bit(tmp_path):
+    model, optimizer = trained()
+    path = checkpoint.save(tmp_path, model, optimizer, meta(2), World())
+    other, its = trained(steps=1, seed=5)
+    checkpoint.verify(path).load(other, its)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+    mine, theirs = optimizer.owned_state(), its.owned_state()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key][1], theirs[key][1]) for key in mine)
+    assert its.step_count == optimizer.step_count == 2
+
+
+def test_only_the_named_files_are_there_and_no_pickle(tmp_path):
+    names = sorted(path.name for path in save_here(tmp_path).iterdir())
+    assert names == [
+        "MANIFEST.rank00000.json",
+        "checkpoint.json",
+        "model.safetensors",
+        "optim-00000-of-00001.safetensors",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optim-00000-of-00001.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_every_kind_of_damage_to_every_file_is_noticed(tmp_path, name, harm):
+    file = save_here(tmp_path) / name
+    data = bytearray(file.read_bytes())
+    if harm == "flip":
+        data[-3] ^= 1  # in the payload: safetensors itself loads such a file without a word
+        file.write_bytes(data)
+    elif harm == "cut":
+        file.write_bytes(data[:-1])
+    else:
+        file.unlink()
+    with pytest.raises(CheckpointError):
+        checkpoint.verify(file.parent)
+
+
+def test_missing_manifest_of_a_rank_is_noticed(tmp_path):
+    path = save_here(tmp_path)
+    manifest = path / "MANIFEST.rank00000.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"world_size": 2}))
+    with pytest.raises(CheckpointError, match="manifests of 1 ranks"):
+        checkpoint.verify(path)
+
+
+def test_newest_good_checkpoint_is_found_behind_damaged_ones(tmp_path):
+    save_here(tmp_path, 2)
+    save_here(tmp_path, 4)
+    newest = save_here(tmp_path, 6)
+    (newest / "model.safetensors").write_bytes(b"torn")
+    (tmp_path / "step_00000004" / "checkpoint.json").unlink()
+    told = []
+    found = checkpoint.newest(tmp_path, echo=told.append)
+    assert found is not None
+    assert found.step == 2
+    assert len(told) == 2
+    assert "step_00000006" in told[0]
+
+
+def test_newest_of_nothing_is_none(tmp_path):
+    assert checkpoint.newest(tmp_path / "absent", echo=print) is None
+
+
+def test_checkpoint_is_never_written_over(tmp_path):
+    first = save_here(tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in first.iterdir()}
+    assert save_here(tmp_path) == first
+    assert {path.name: path.stat().st_mtime_ns for path in first.iterdir()} == before
+
+
+@pytest.mark.parametrize("where", ["save_file", "write_json", "sync_folder"])
+def test_save_that_fails_at_any_point_leaves_nothing(tmp_path, monkeypatch, where):
+    save_here(tmp_path, 2)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, where, full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_here(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+    assert checkpoint.newest(tmp_path, echo=print).step == 2
+
+
+def test_save_is_refused_before_it_begins_when_the_disk_is_too_small(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match="0.0 GB free and a checkpoint needs"):
+        save_here(tmp_path)
+
+
+def test_leftovers_of_a_killed_save_are_cleared_by_the_next(tmp_path):
+    staging = tmp_path / ".step_00000002.tmp"
+    staging.mkdir()
+    (staging / "model.safetensors").write_bytes(b"half")
+    checkpoint.verify(save_here(tmp_path))
+    assert not staging.exists()
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path):
+    for step, bpb in ((1, 2.0), (2, 1.0), (3, 1.5), (4, 1.4), (5, None)):
+        save_here(tmp_path, step, bpb)
+    checkpoint.prune(tmp_path, keep_last=2)
+    assert checkpoint.steps(tmp_path) == [5, 4, 2]
+
+
+def test_rollback_moves_later_checkpoints_aside(tmp_path):
+    for step in (1, 2, 3):
+        save_here(tmp_path, step)
+    assert checkpoint.abandon_after(tmp_path, 1, attempt=4) == [3, 2]
+    assert checkpoint.steps(tmp_path) == [1]
+    assert sorted(os.listdir(tmp_path / "abandoned-4")) == ["step_00000002", "step_00000003"]
+
+
+def _save_rank(root) -> str:
+    model, optimizer = trained()
+    world = World(dist.get_rank(), dist.get_world_size())
+    return str(checkpoint.save(root, model, optimizer, meta(2), world))
+
+
+def _load_rank(path) -> tuple:
+    model, optimizer = trained(steps=1, seed=7)
+    checkpoint.verify(path).load(model, optimizer)
+    return {name: tensor.sum().item() for name, tensor in model.state_dict().items()}, optimizer.owned_state()
+
+
+@pytest.mark.parametrize("writers", [2, 3])
+def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path, writers):
+    paths = set(run_ranks(_save_rank, writers, tmp_path))
+    assert len(paths) == 1
+    path = tmp_path / "step_00000002"
+    assert str(path) in paths
+    assert len(list(path.glob("optim-*.safetensors"))) == writers
+    model, optimizer = trained(steps=0)
+    checkpoint.verify(path).load(model, optimizer)
+    whole = optimizer.owned_state()
+    for readers in (2, 3):
+        seen = dict.fromkeys(whole, 0)
+        for _, owned in run_ranks(_load_rank, readers, path):
+            for key, (first, tensor) in owned.items():
+                assert torch.equal(tensor, whole[key][1][first : first + len(tensor)])
+                seen[key] += len(tensor)
+        assert seen == {key: len(tensor) for key, (_, tensor) in whole.items()}  # every row has exactly one owner
+
+
+def test_optimizer_files_of_ranks_add_up_to_the_whole_state(tmp_path):
+    run_ranks(_save_rank, 2, tmp_path)
+    _, optimizer = trained(steps=0)
+    elements = sum(tensor.numel() for _, tensor in optimizer.owned_state().values())
+    files = [load_file(path) for path in (tmp_path / "step_00000002").glob("optim-*.safetensors")]
+    assert sum(tensor.numel() for file in files for tensor in file.values()) == elements
+    assert all(file for file in files)
+
+
+def test_state_that_is_not_there_is_named(tmp_path):
+    path = save_here(tmp_path)
+    manifest = path / "MANIFEST.rank00000.json"
+    content = json.loads(manifest.read_text())
+    del content["slices"]["lm_head.weight/exp_avg"]
+    manifest.write_text(json.dumps(content))
+    model, optimizer = trained(steps=0)
+    with pytest.raises(CheckpointError, match="lm_head.weight/exp_avg"):
+        checkpoint.verify(path).load(model, optimizer)

@@ -1,0 +1,178 @@
+"""The run directory: where a run starts, what it records, how it says it ended."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from runs import after, open_session, run_here
+
+from raychat.config import Config
+from raychat.errors import CheckpointError
+from raychat.tracking.journal import read_events, read_journal
+from raychat.tracking.summary import Summary
+from raychat.training import checkpoint
+from raychat.training.lease import LeaseError
+from raychat.training.loop import Signal
+
+FIELDS = {field.name for field in dataclasses.fields(Summary)}
+MAY_BE_NULL = {"core_metric", "mfu", "cost_usd", "mlflow_run_id"}  # no CORE, no peak of a CPU, no price, no tracking
+
+
+@pytest.fixture
+def config(tiny_flags, prepared_base, tmp_path):
+    own = {
+        "base_dir": str(prepared_base),
+        "storage_path": str(tmp_path / "runs"),
+        "save_every": 2,
+        "keep_checkpoints": 9,
+    }
+    return lambda **changes: Config.from_flat(tiny_flags | own | changes)
+
+
+def test_finished_run_has_every_file_and_every_field(config):
+    ran = run_here(config())
+    written = json.loads((ran.run_dir / "summary.json").read_text())
+    assert FIELDS == set(written)
+    assert written["status"] == "finished"
+    assert written["checkpoint"] == str(ran.run_dir / "checkpoints" / "step_00000004")
+    assert {name for name, value in written.items() if value is None} == MAY_BE_NULL
+    assert 0 < written["goodput"] <= 1
+    assert written["wall_time_s"] > 0
+    assert (ran.run_dir / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((ran.run_dir / "config.json").read_text())
+    assert saved["config"] == config().flat()
+    assert saved["recipe"]["num_iterations"] == 4
+    assert json.loads((ran.run_dir / "plan.json").read_text())["horizon"]["num_iterations"] == 4
+    assert not (ran.run_dir / "lease.json").exists()
+
+
+def test_run_that_is_done_says_so_and_tries_nothing(config):
+    ran = run_here(config())
+    before = (ran.run_dir / "metrics.jsonl").read_bytes()
+    session = open_session(config())
+    assert session.done
+    assert "reached its horizon of 4 steps" in session.done_line()
+    session.abort()
+    assert (ran.run_dir / "metrics.jsonl").read_bytes() == before
+    assert Summary.read(ran.run_dir / "summary.json") == ran.summary
+
+
+def test_failed_run_leaves_a_summary_that_says_so(config):
+    def fail():
+        raise OSError("the machine is gone")
+
+    with pytest.raises(OSError, match="the machine is gone"):
+        run_here(config(), fail)
+    assert Summary.read(config().run_dir / "summary.json").status == "failed"
+
+
+def test_second_driver_on_a_live_run_is_refused_and_named(config):
+    session = open_session(config())
+    with pytest.raises(LeaseError, match="Another driver is training in .* process "):
+        open_session(config())
+    session.abort()
+    open_session(config()).abort()
+
+
+def test_fresh_starts_over_and_keeps_the_old_run(config):
+    first = run_here(config())
+    again = run_here(config(fresh=True))
+    assert again.losses == first.losses
+    kept = config().run_dir.with_name("d2.old-1")
+    assert checkpoint.steps(kept / "checkpoints") == [4, 2]
+    assert [
+        event["attempt"] for event in read_events(again.run_dir / "metrics.jsonl") if event["event"] == "start"
+    ] == [1]
+
+
+def test_longer_horizon_goes_on_with_permission(config):
+    run_here(config())
+    with pytest.raises(CheckpointError, match="num_iterations: 4 -> 6"):
+        run_here(config(num_iterations=6))
+    assert run_here(config(num_iterations=6, allow_config_change=True)).summary.step == 6
+
+
+def test_horizon_before_the_checkpoint_is_refused(config):
+    run_here(config())
+    with pytest.raises(CheckpointError, match="at step 4 and the horizon is now 3"):
+        run_here(config(num_iterations=3, allow_config_change=True))
+
+
+def test_another_shape_seed_or_data_is_refused_whatever_is_permitted(config, corpus_dir):
+    run_here(config())
+    for change in ({"depth": 3, "model_tag": "d2"}, {"seed": 7}, {"packing": "best-fit"}):
+        with pytest.raises(CheckpointError, match="cannot go on with another"):
+            run_here(config(allow_config_change=True, **change))
+
+
+def test_rollback_branches_the_journal_and_moves_later_checkpoints(config):
+    first = run_here(config())
+    rolled = run_here(config(resume_from_step=2, embedding_lr=9.0))
+    assert checkpoint.steps(rolled.run_dir / "checkpoints") == [4, 2]
+    assert checkpoint.steps(rolled.run_dir / "checkpoints" / "abandoned-2") == [4]
+    branches = [
+        event["from_step"] for event in read_events(rolled.run_dir / "metrics.jsonl") if event["event"] == "branch"
+    ]
+    assert branches == [2]
+    records = read_journal(rolled.run_dir / "metrics.jsonl")
+    steps = [record["step"] for record in records if "train/loss" in record]
+    assert steps == [0, 1, 2, 3]
+    assert rolled.losses[:3] == first.losses[:3]
+    assert rolled.losses[3] != first.losses[3]
+    assert [r["step"] for r in records if "val/bpb" in r] == [0, 2, 4]  # that of step 2 is in the checkpoint, and kept
+
+
+def test_rollback_without_a_change_gives_the_same_run(config):
+    first = run_here(config())
+    rolled = run_here(config(resume_from_step=2))
+    assert rolled.losses == first.losses
+    assert rolled.metric("val/bpb") == first.metric("val/bpb")
+
+
+def test_step_that_was_not_saved_cannot_be_resumed_from(config):
+    run_here(config())
+    with pytest.raises(CheckpointError, match="--resume-from-step 3.* holds the steps 2, 4"):
+        run_here(config(resume_from_step=3))
+
+
+def test_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(config):
+    whole = run_here(config(num_iterations=6, model_tag="whole"))
+    first = run_here(config(num_iterations=6), after(4, Signal.STOP))
+    model = first.run_dir / "checkpoints" / "step_00000004" / "model.safetensors"
+    data = bytearray(model.read_bytes())
+    data[-1] ^= 255
+    model.write_bytes(data)
+    session_lines = []
+    open_session(config(num_iterations=6), session_lines.append).abort()
+    assert any("checkpoint skipped" in line and "step_00000004" in line for line in session_lines)
+    second = run_here(config(num_iterations=6))
+    assert second.losses == whole.losses
+    assert second.summary.replayed_steps == 2
+
+
+def test_wall_time_and_restarts_add_up_over_attempts(config):
+    first = run_here(config(num_iterations=6), after(2, Signal.STOP))
+    second = run_here(config(num_iterations=6))
+    assert second.summary.restarts == 1
+    assert second.summary.wall_time_s > first.summary.wall_time_s
+    assert second.summary.goodput < 1
+
+
+def test_closing_lines_say_what_the_money_bought(config):
+    session = open_session(config(price_per_hour=3.0))
+    session.begin_attempt()
+    summary = dataclasses.replace(session.close("stopped"), tokens=1234, tok_per_sec=56.0, cost_usd=0.42)
+    text = "\n".join(session.closing_lines(summary))
+    assert "stopped: step 0 of 4" in text
+    assert "1,234 tokens" in text
+    assert "$0.42" in text
+
+
+def test_disk_too_small_for_two_checkpoints_is_refused_at_the_start(config, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1))
+    with pytest.raises(Exception, match="two checkpoints of this model take"):
+        open_session(config())
+    monkeypatch.undo()
+    open_session(config()).abort()  # the lease was given back

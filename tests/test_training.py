@@ -1,0 +1,320 @@
+"""Laws of the training loop: what is interrupted goes on as if nothing had happened, and ranks see the same rows."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from runs import after, open_session, run_here
+from safetensors.torch import load_file
+
+from raychat.config import Config
+from raychat.data.batches import local_batches, validation_rows
+from raychat.data.order import Order, lanes_for
+from raychat.data.prepare import make_in_process, prepare
+from raychat.data.shards import RowReader
+from raychat.errors import CheckpointError
+from raychat.model import GPT
+from raychat.planning import recipe
+from raychat.tracking.journal import read_events
+from raychat.training import checkpoint
+from raychat.training.__main__ import read_here
+from raychat.training.build import Job, build_model, train
+from raychat.training.device import resolve
+from raychat.training.events import Line, Metrics, Note
+from raychat.training.loop import DivergedError, Signal
+from raychat.training.save_clock import MAX_INTERVAL_S, SaveClock, save_interval_s
+from raychat.training.scaler import GROWTH_STEPS, LossScaler
+from raychat.training.world import World
+
+
+@pytest.fixture
+def config(tiny_flags, prepared_base, tmp_path):
+    """Makes a configuration whose data are there and whose runs are this test's own."""
+    own = {"base_dir": str(prepared_base), "storage_path": str(tmp_path / "runs"), "num_iterations": 6}
+    return lambda **changes: Config.from_flat(tiny_flags | own | changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_flags, prepared_base, tmp_path_factory):
+    """The undisturbed run that others are compared with."""
+    runs = tmp_path_factory.mktemp("whole")
+    own = {"base_dir": str(prepared_base), "storage_path": str(runs), "num_iterations": 6}
+    return run_here(Config.from_flat(tiny_flags | own))
+
+
+def weights(ran):
+    return load_file(sorted((ran.run_dir / "checkpoints").glob("step_*"))[-1] / "model.safetensors")
+
+
+def test_training_lowers_the_loss_and_reaches_its_horizon(whole):
+    assert whole.summary.status == "finished"
+    assert len(whole.losses) == whole.summary.step == whole.summary.num_iterations == 6
+    assert whole.losses[0] == pytest.approx(
+        math.log(300), rel=1e-3
+    )  # lm_head starts at nearly nothing: a uniform guess
+    assert whole.losses[-1] < whole.losses[0]
+
+
+def test_same_run_again_is_bit_identical(whole, config):
+    again = run_here(config())
+    assert again.losses == whole.losses
+    assert again.metric("val/bpb") == whole.metric("val/bpb")
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_stopped_run_ends_where_the_undisturbed_one_ends(whole, config, stop_at):
+    first = run_here(config(), after(stop_at, Signal.STOP))
+    assert (first.summary.status, first.summary.step) == ("stopped", stop_at)
+    second = run_here(config())
+    assert second.losses == whole.losses  # bit for bit, over both processes' steps
+    assert second.metric("val/bpb") == whole.metric("val/bpb")
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(second)[name], tensor)
+    assert second.summary.restarts == 1
+
+
+def test_killed_run_replays_from_its_last_checkpoint_without_a_sawtooth(whole, config):
+    def die():
+        if next(asked) == 5:
+            raise KeyboardInterrupt
+        return Signal.NONE
+
+    asked = iter(range(1, 100))
+    with pytest.raises(KeyboardInterrupt):
+        run_here(config(save_every=2), die)
+    second = run_here(config(save_every=2))
+    assert second.losses == whole.losses
+    assert second.summary.restarts == 1
+    steps = [event["step"] for event in read_events(second.run_dir / "metrics.jsonl") if event["event"] == "checkpoint"]
+    assert steps == [2, 4, 6]
+
+
+def test_save_signal_saves_and_goes_on(whole, config):
+    ran = run_here(config(), after(2, Signal.SAVE))
+    assert (ran.run_dir / "checkpoints" / "step_00000002").is_dir()
+    assert ran.losses == whole.losses
+
+
+def test_passes_of_another_size_give_the_same_losses(whole, config):
+    """Accumulation changes only the order of sums: 1e-5 relative is some ten times what six float32 steps show."""
+    ran = run_here(config(device_batch_size=8))
+    assert ran.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def test_logged_loss_is_the_mean_over_the_whole_batch(whole, config):
+    found = checkpoint.verify(whole.run_dir / "checkpoints" / "step_00000006")
+    more = config(num_iterations=7, storage_path=str(whole.run_dir.parent), model_tag="probe", warmup_steps=40)
+    assert found.meta["state"]["rows_consumed"] == 6 * 8
+    model = build_model(more, resolve(more, local_world_size=1), torch.device("cpu"))
+    manifest = open_manifest(more)
+    order = Order([shard.rows for shard in manifest.split("train")], seed=more.run.seed, lanes=lanes_for(8))
+    rows = torch.from_numpy(RowReader(manifest, "train").rows(order.batch(0, 8))).long()
+    with torch.no_grad():
+        direct = model(rows[:, :-1], rows[:, 1:]).item()
+    assert whole.losses[0] == pytest.approx(direct, rel=1e-6)
+
+
+def open_manifest(config):
+    return prepare(config, with_gpus=False, maker=make_in_process, echo=lambda line: None).manifest
+
+
+def test_resume_at_new_differential_rates_trains_on_at_them(config):
+    """The source document 000: from step K on, other rates for every group, no warm-up, no warmdown, a longer horizon."""
+    run_here(config(num_iterations=4, save_every=2))
+    changed = config(
+        num_iterations=9,
+        resume_from_step=2,
+        embedding_lr=0.018,
+        unembedding_lr=0.00048,
+        matrix_lr=0.0012,
+        scalar_lr=0.03,
+        warmup_steps=0,
+        warmdown_ratio=0.0,
+    )
+    rates = []
+    ran = run_here(changed, lambda: rates.append(1) or Signal.NONE)
+    assert ran.summary.step == 9
+    assert ran.metric("train/lrm")[2:] == [1.0] * 7  # flat from step 2 on, and the warm-up before it kept as it was
+    assert ran.metric("train/lrm")[:2] == [1 / 40, 2 / 40]
+    meta = checkpoint.verify(ran.run_dir / "checkpoints" / "step_00000009").meta
+    assert meta["config"]["matrix_lr"] == 0.0012
+    assert (ran.run_dir / "checkpoints" / "abandoned-2" / "step_00000004").is_dir()
+
+
+def test_new_rates_act_on_the_weights_whatever_the_checkpoint_holds(config, tmp_path):
+    """After a resume with all rates at nearly nothing, the weights stay where they were."""
+    first = run_here(config(num_iterations=2))
+    before = weights(first)
+    still = dict.fromkeys(("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr"), 1e-12)
+    second = run_here(config(num_iterations=4, allow_config_change=True, weight_decay=0.0, **still))
+    assert second.summary.step == 4
+    for name, tensor in weights(second).items():
+        if "smear" not in name and "backout" not in name:  # their rate is fixed at 0.2
+            assert torch.allclose(tensor, before[name], atol=1e-9)
+
+
+def test_changed_rates_without_permission_are_refused(config):
+    run_here(config(), after(2, Signal.STOP))
+    with pytest.raises(CheckpointError, match="matrix_lr: 0.02 -> 0.03.*--allow-config-change"):
+        run_here(config(matrix_lr=0.03))
+
+
+def test_gradient_that_is_no_number_stops_before_the_update(config, monkeypatch):
+    forward = GPT.forward
+    calls = []
+
+    def poisoned(self, idx, targets=None, reduction="mean"):
+        calls.append(1)
+        return forward(self, idx, targets, reduction) * (math.nan if len(calls) > 30 else 1.0)
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    with pytest.raises(DivergedError, match="weights were not updated"):
+        run_here(config(num_iterations=20, save_every=1, eval_every=-1))
+    monkeypatch.undo()
+    newest = checkpoint.newest(config().run_dir / "checkpoints", echo=print)
+    tensors = load_file(newest.path / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
+def test_failed_periodic_save_warns_and_training_goes_on(whole, config, monkeypatch):
+    save, failed = checkpoint.save, []
+
+    def full_disk(root, model, optimizer, meta, world):
+        if meta["step"] == 2:
+            failed.append(meta["step"])
+            raise CheckpointError("no checkpoint at step 2: No space left on device")
+        return save(root, model, optimizer, meta, world)
+
+    monkeypatch.setattr(checkpoint, "save", full_disk)
+    ran = run_here(config(save_every=2))
+    assert failed == [2]
+    assert ran.losses == whole.losses
+    assert [event.fields["step"] for event in ran.events if isinstance(event, Note)] == [2]
+    assert any("No space left" in line and line.startswith("warning") for line in ran.lines)
+
+
+def test_limits_of_time_and_money_save_and_stop(config):
+    ran = run_here(config(price_per_hour=3600.0, budget_usd=1e-6))
+    assert (ran.summary.status, ran.summary.step) == ("stopped", 1)
+    assert ran.summary.cost_usd > 0
+    assert ran.metric("cost/usd")[0] > 0
+    ran = run_here(config(max_hours=1e-9, model_tag="other"))
+    assert ran.summary.status == "stopped"
+    assert ran.summary.cost_usd is None
+
+
+def test_log_line_is_the_lineages(whole):
+    steps = [event.text for event in whole.events if isinstance(event, Line) and event.text.startswith("step 00003/")]
+    assert len(steps) == 1
+    for part in (
+        "(50.00%)",
+        "| loss: ",
+        "| lrm: ",
+        "| dt: ",
+        "ms | tok/sec: ",
+        "| mfu: n/a",
+        "| epoch: 1",
+        "| total time: ",
+    ):
+        assert part in steps[0]
+
+
+def test_metrics_of_a_step_have_the_contracts_names(whole):
+    values = next(event.values for event in whole.events if isinstance(event, Metrics) and "train/loss" in event.values)
+    assert set(values) == {
+        "train/loss", "train/lrm", "train/dt", "train/tok_per_sec", "train/grad_norm", "time/total_training", "flops/total",
+        "goodput",
+    }  # fmt: skip
+
+
+def test_validation_uses_the_same_rows_for_any_world(config):
+    manifest = open_manifest(config())
+    reader = RowReader(manifest, "val")
+
+    def rows(world_size, batch):
+        parts = [
+            list(validation_rows(reader, eval_tokens=256, device_batch_size=batch, rank=r, world_size=world_size))
+            for r in range(world_size)
+        ]
+        return np.concatenate([block for part in parts for block in part])
+
+    assert len(rows(1, 3)) == 256 // 32
+    for world_size, batch in ((2, 2), (3, 1), (5, 8)):
+        assert np.array_equal(rows(world_size, batch), rows(1, 3))
+
+
+def _rank(job: dict) -> list:
+    """Train as one of several gloo ranks; what rank 0 told."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    events = []
+    train(Job(**job), world=World(rank, world_size, rank, world_size), batches=read_here, sink=events.append)
+    return [
+        (event.step, event.values["train/loss"])
+        for event in events
+        if isinstance(event, Metrics) and "train/loss" in event.values
+    ]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_other_numbers_of_ranks_agree_with_one(whole, config, world_size):
+    """The same rows in another summation order: six float32 steps of this model differ by less than 1e-5 relative."""
+    session = open_session(config())
+    job = dataclasses.asdict(session.begin_attempt(world_size=world_size))
+    losses = run_ranks(_rank, world_size, job)[0]
+    session.close("finished")
+    assert [step for step, _ in losses] == list(range(6))
+    assert [loss for _, loss in losses] == pytest.approx(whole.losses, rel=1e-5)
+    resumed = run_here(config(num_iterations=8, allow_config_change=True))  # on one rank again
+    assert checkpoint.verify(resumed.run_dir / "checkpoints" / "step_00000008").meta["state"]["rows_consumed"] == 64
+
+
+def test_save_interval_balances_saving_and_redoing():
+    assert save_interval_s(0.5, 3600.0) == pytest.approx(60.0)
+    assert save_interval_s(1e9) == MAX_INTERVAL_S
+    assert save_interval_s(2.0) == pytest.approx(math.sqrt(2) * save_interval_s(1.0))
+
+
+def test_save_clock_by_steps_and_never():
+    assert [SaveClock(3).due_at(step) for step in range(7)] == [False, False, False, True, False, False, True]
+    assert not any(SaveClock(-1).due_at(step) or SaveClock(-1).due_by_time() for step in range(7))
+    assert not SaveClock("auto").due_by_time()  # nothing has been done yet that could be lost
+
+
+def test_loss_scale_halves_on_overflow_and_doubles_after_good_steps():
+    scaler = LossScaler(active=True, scale=8.0)
+    assert not scaler.accepts(math.inf)
+    assert scaler.scale == 4.0
+    assert all(scaler.accepts(1.0) for _ in range(GROWTH_STEPS))
+    assert scaler.scale == 8.0
+    idle = LossScaler(active=False)
+    assert idle.accepts(math.inf)
+    assert idle.scale == 1.0
+
+
+def test_half_precision_trains_with_a_scaled_loss(config):
+    ran = run_here(config(dtype="float16", model_tag="half"))
+    assert ran.losses[-1] < ran.losses[0]
+    state = checkpoint.verify(ran.run_dir / "checkpoints" / "step_00000006").meta["state"]
+    assert state["loss_scale"] is not None
+
+
+def test_batches_of_a_resumed_cursor_are_those_of_the_stream(config):
+    manifest = open_manifest(config())
+    reader, rows = RowReader(manifest, "train"), [shard.rows for shard in manifest.split("train")]
+    order = Order(rows, seed=1, lanes=8)
+    stream = local_batches(reader, order, cursor=0, rows_per_batch=8, rank=0, world_size=1)
+    third = [next(stream) for _ in range(4)][3]
+    resumed = next(local_batches(reader, order, cursor=24, rows_per_batch=8, rank=0, world_size=1))
+    assert np.array_equal(third.rows, resumed.rows)
+    assert (third.rows_consumed, third.epoch) == (resumed.rows_consumed, resumed.epoch) == (32, 0)
+
+
+def test_recipe_of_the_tiny_run_is_what_it_trains(whole, config):
+    run = recipe(config())
+    assert whole.summary.tokens == run.tokens
+    assert whole.summary.flops == run.flops
+    assert whole.summary.rows_consumed * 32 == run.tokens
