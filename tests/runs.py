@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from raychat.config import Config
 from raychat.data.prepare import make_in_process, prepare
@@ -18,10 +19,11 @@ from raychat.training.world import World
 
 @dataclass
 class Ran:
-    """What a run left: its events, and its summary where it got to an end."""
+    """What a run left when it ended: its events, the records of the journal's branch, and its summary."""
 
     run_dir: Path
     events: list[Event] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
     summary: Summary | None = None
 
     @property
@@ -36,7 +38,7 @@ class Ran:
 
     def metric(self, name: str) -> list[float]:
         """Values of a metric over the steps of the current branch."""
-        return [record[name] for record in read_journal(self.run_dir / "metrics.jsonl") if name in record]
+        return [record[name] for record in self.records if name in record]
 
 
 def open_session(config: Config, echo: Callable[[str], None] = lambda line: None) -> Session:
@@ -59,6 +61,7 @@ def run_here(config: Config, poll: Callable[[], Signal] = lambda: Signal.NONE) -
         status = "finished" if train(job, world=World(), batches=read_here, sink=sink, poll=poll) else "stopped"
     finally:
         ran.summary = session.close(status)
+        ran.records = read_journal(ran.run_dir / "metrics.jsonl")
     return ran
 
 

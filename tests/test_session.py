@@ -33,7 +33,7 @@ def config(tiny_flags, prepared_base, tmp_path):
 def test_finished_run_has_every_file_and_every_field(config):
     ran = run_here(config())
     written = json.loads((ran.run_dir / "summary.json").read_text())
-    assert FIELDS == set(written)
+    assert set(written) == FIELDS
     assert written["status"] == "finished"
     assert written["checkpoint"] == str(ran.run_dir / "checkpoints" / "step_00000004")
     assert {name for name, value in written.items() if value is None} == MAY_BE_NULL
