@@ -36,6 +36,7 @@ from raychat.training.session import Session
 
 Echo = Callable[[str], None]
 PUMP_S = 0.2
+INBOX_TIMEOUT_S = 60.0
 FINISH_S = 20.0  # for MLflow to take the last points and artifacts; what is left, `jobs/runs.py --sync` sends
 UPLOAD_S = 1800.0  # when a checkpoint is among them
 
@@ -100,11 +101,19 @@ def _attempts(
         step = session.start.step if session.start else 0
         failures = failures if step <= best_step else 0  # progress since the last failure starts the count anew
         best_step = step
-        error = _attempt(session, job, workers, use_gpu)
+        try:
+            error, asked_to_stop = _attempt(session, job, workers, use_gpu)
+        except (ray.exceptions.RayError, ConnectionError) as lost:
+            raise RunFailedError(
+                f"The Ray cluster at {cluster.address} is gone ({type(lost).__name__}). The same command goes on from the "
+                "newest checkpoint."
+            ) from lost
         if session.ended:
             return "finished" if session.ended.finished else "stopped"
         if session.failure:
             raise WorkerError(session.failure.message, session.failure.exit_code)
+        if asked_to_stop:  # it died before it could save
+            return "stopped"
         failures += 1
         if failures > most:
             raise RunFailedError(f"training failed {failures} times from step {step}: {error}")
@@ -120,8 +129,8 @@ class WorkerError(RaychatError):
         self.exit_code = exit_code
 
 
-def _attempt(session: Session, job: Job, workers: int, use_gpu: bool) -> str:
-    """Run one TorchTrainer to its end; what went wrong, in one line."""
+def _attempt(session: Session, job: Job, workers: int, use_gpu: bool) -> tuple[str, bool]:
+    """Run one TorchTrainer to its end: what went wrong, in one line, and whether it was asked to stop."""
     inbox = open_inbox()
     trainer = TorchTrainer(
         train_worker,
@@ -141,13 +150,13 @@ def _attempt(session: Session, job: Job, workers: int, use_gpu: bool) -> str:
         dataset_config=RowsDataConfig(),
     )
     error = "the workers ended without a word"
-    with _pump(inbox, session), _stop_on_signals(inbox, session.echo):
+    with _pump(inbox, session), _stop_on_signals(inbox, session.echo) as asked:
         try:
             trainer.fit()
-        except ray.train.TrainingFailedError as failure:
-            error = str(failure).strip().splitlines()[-1] or type(failure).__name__
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as failure:
+            error = (str(failure).strip().splitlines() or [""])[-1] or type(failure).__name__
     ray.kill(inbox)
-    return error
+    return error, asked.is_set()
 
 
 def _no_dataset() -> ray.data.Dataset:
@@ -161,7 +170,11 @@ def _pump(inbox: Any, session: Session) -> Iterator[None]:
     stop = threading.Event()
 
     def drain() -> None:
-        for event in ray.get(inbox.take.remote()):
+        try:
+            events = ray.get(inbox.take.remote(), timeout=INBOX_TIMEOUT_S)
+        except ray.exceptions.RayError:  # loaded, or gone together with the cluster, which `fit` will notice
+            return
+        for event in events:
             session.receive(event)
         if session.lease.lost:
             inbox.ask_to_stop.remote()
@@ -181,20 +194,22 @@ def _pump(inbox: Any, session: Session) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_on_signals(inbox: Any, echo: Echo) -> Iterator[None]:
-    """SIGTERM and Ctrl-C ask the run to save and stop; a second Ctrl-C ends at once."""
+def _stop_on_signals(inbox: Any, echo: Echo) -> Iterator[threading.Event]:
+    """SIGTERM and Ctrl-C ask the run to save and stop, and set the event; a second Ctrl-C ends at once."""
+    asked = threading.Event()
 
     def ask(number: int, _: object) -> None:
-        echo(f"{signal.Signals(number).name}: saving and stopping (once more ends at once)")
+        echo(f"{signal.Signals(number).name}: saving and stopping (Ctrl-C once more ends at once)")
+        asked.set()
         inbox.ask_to_stop.remote()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     if threading.current_thread() is not threading.main_thread():  # a Tune trial; its driver handles signals
-        yield
+        yield asked
         return
     old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

@@ -7,6 +7,7 @@ from typing import Literal
 MEAN_TIME_BETWEEN_LOSSES_S = 4 * 3600.0  # assumed; spot machines of large clouds last hours, not minutes or weeks
 MAX_INTERVAL_S = 600.0
 FIRST_STALL_S = 1.0  # until a save has been measured
+LEAST_STALL_S = 0.1  # a save of a small model costs next to nothing, and a log full of saves costs its reader
 
 
 def save_interval_s(stall_s: float, mean_time_between_losses_s: float = MEAN_TIME_BETWEEN_LOSSES_S) -> float:
@@ -35,5 +36,5 @@ class SaveClock:
 
     def saved(self, stall_s: float) -> None:
         """A save, or the attempt at one, took this long and is over."""
-        self._interval_s = save_interval_s(max(stall_s, 0.01))
+        self._interval_s = save_interval_s(max(stall_s, LEAST_STALL_S))
         self._last = time.monotonic()
