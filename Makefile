@@ -4,6 +4,9 @@ BIN := .venv/bin
 # Named after what was installed: a changed requirement has another stamp, a fresh checkout of the same has not.
 STAMP := .venv/setup-$(shell cat pyproject.toml .ci/constraints.txt | cksum | cut -d ' ' -f 1)
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+
 .PHONY: help setup demo test check format ui
 .DEFAULT_GOAL := help
 
@@ -19,7 +22,9 @@ $(STAMP):
 	@echo "setup: creating .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
 	@echo "setup: installing torch, Ray, MLflow and what they need into .venv; this takes a minute or two, once"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[test]'
+	@$(BIN)/python -m pip install --disable-pip-version-check -c .ci/constraints.txt -e '.[test]' | awk ' \
+	  /^Collecting/ { if (++n % 20 == 0) { print "setup: " n " packages found"; fflush() } } \
+	  /^Installing collected/ { print "setup: unpacking " n " packages"; fflush() }'
 	@rm -f .venv/setup-*
 	@touch $@
 	@echo "setup: done"

@@ -66,6 +66,9 @@ def run_job(main: Callable[[list[str]], int | None]) -> None:
     except BrokenPipeError:  # `| head` has seen enough; the flush at exit must not find the pipe again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        code = 130
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
