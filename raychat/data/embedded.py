@@ -26,7 +26,10 @@ VAL_SHARE = 0.05
 ROW_GROUP_DOCS = 64
 MIN_CHARS, CUT_CHARS, MAX_CHARS = 2_000, 6_000, 12_000
 # Tests and demonstrations repeat themselves; the last two hold packages, not the standard library.
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "turtledemo", "site-packages", "dist-packages"}
+SKIPPED_FOLDERS = {
+    "test", "tests", "idle_test", "idlelib", "turtledemo", "site-packages", "dist-packages",
+    "encodings",  # tables of characters, not text
+}  # fmt: skip
 DOCUMENTATION = re.compile(
     r"(readme|licen[cs]e|copying|notice|authors|changes|changelog|history|news)\b.*|metadata", re.I
 )

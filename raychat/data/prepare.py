@@ -179,9 +179,13 @@ def _make(tasks: list[ShardTask], maker: Maker, echo: Callable[[str], None]) -> 
     shards = [info for info in done.values() if info is not None]
     if shards:
         echo(f"tokenizing: {len(shards)} of {len(tasks)} shards are there already")
-    size = {f"{task.name}.arrow": task.unit.text_bytes / 1e6 for task in missing}
-    with Progress("tokenizing", sum(size.values()), "MB", echo=echo) as progress:
-        for info in maker(missing):
+    if not missing:
+        return shards
+    size = {f"{task.name}.arrow": task.unit.text_bytes for task in missing}
+    scale, unit = (1e6, "MB") if sum(size.values()) > 1e7 else (1e3, "kB")
+    made = maker(missing)  # which may have to start a cluster: not part of the rate
+    with Progress("tokenizing", sum(size.values()) / scale, unit, echo=echo) as progress:
+        for info in made:
             shards.append(info)
-            progress.advance(size[info.file])
+            progress.advance(size[info.file] / scale)
     return shards

@@ -6,16 +6,20 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
+from ray.job_config import JobConfig
 
+import raychat
 from raychat.checks import check_reachable
 from raychat.config import Config
 from raychat.errors import ConfigError
 
-QUIET = {
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing leaves the machine unasked
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
+    "RAY_worker_niceness": "0",  # of 15, as Ray has it, threads that wait for each other stall behind anything else
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the loop does not ask it; restarts are the driver's own
 }
 OBJECT_STORE_BYTES = 2**30  # of a cluster on this machine: a few blocks of rows are all that passes through
@@ -51,6 +55,15 @@ def address_of(config: Config) -> str:
     return config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
+def code_path() -> list[str]:
+    """Where workers find raychat as this process did: the checkout, unless raychat is installed where Ray is.
+
+    Ray itself passes on the folder of the script and the current one, and neither need be the checkout.
+    """
+    here, installed = Path(raychat.__file__).parents[1], Path(ray.__file__).parents[1]
+    return [] if here == installed else [str(here)]
+
+
 @contextlib.contextmanager
 def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]:
     """Connect to the cluster of `config`, or start one on this machine for as long as the block runs.
@@ -59,7 +72,7 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
         ConfigError: when there is no cluster at the address.
     """
     address = address_of(config)
-    for name, value in QUIET.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it says that the safe default holds
@@ -74,6 +87,7 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
             num_cpus=max(os.cpu_count() or 1, workers + 1) if local else None,
             object_store_memory=OBJECT_STORE_BYTES if local else None,
             logging_level=logging.WARNING,
+            job_config=JobConfig(_py_driver_sys_path=code_path()),
         )
     except (ConnectionError, ValueError) as error:
         raise ConfigError(
