@@ -53,6 +53,7 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
     Raises:
         RaychatError: what the user gave cannot work, or the run failed for good.
     """
+    config = with_absolute_paths(config)
     tracking_uri = _tracking_uri(config)
     if clusters.address_of(config) == "local":  # refuse what this machine has not before anything is prepared
         device.refuse_gpu_sized(config, device.resolve(config, local_world_size=1))
@@ -71,6 +72,11 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
             session.abort()
             raise
         return _run_session(session, live, tracking_uri)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """`config` for processes that have another current directory, home and environment than this one."""
+    return Config.from_flat({"base_dir": str(config.base_dir), "storage_path": str(config.runs_dir)}, base=config)
 
 
 def _run_session(session: Session, cluster: clusters.Cluster, tracking_uri: str | None) -> Summary:

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
-import ray
+import ray.data
 
 from raychat.data.shards import ShardInfo, ShardTask, make_shard
+from raychat.on_ray import task_errors
 from raychat.on_ray.stream import quiet_ray_data
 
 
@@ -14,14 +16,17 @@ def make_on_ray(tasks: list[ShardTask]) -> Iterator[ShardInfo]:
 
     Raises:
         DataError: what a task found wrong with the corpus.
+        OSError: what its machine refused, such as a full disk.
     """
     if not tasks:
         return
+
+    def make(row: dict[str, Any]) -> dict[str, Any]:
+        with task_errors.in_task():
+            return dataclasses.asdict(make_shard(tasks[row["id"]]))
+
     quiet_ray_data()
-    numbers = ray.data.range(len(tasks), override_num_blocks=len(tasks))
-    made = numbers.map(lambda row: dataclasses.asdict(make_shard(tasks[row["id"]])), num_cpus=1)
-    try:
-        for row in made.iter_rows():
+    with task_errors.of_tasks():
+        numbers = ray.data.range(len(tasks), override_num_blocks=len(tasks))
+        for row in numbers.map(make, num_cpus=1).iter_rows():
             yield ShardInfo(**row)
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, Exception) else error) from None

@@ -22,6 +22,7 @@ from raychat.data.batches import Batch
 from raychat.data.order import Order, rank_slice
 from raychat.data.shards import Manifest, RowReader, read_manifest
 from raychat.errors import DataError
+from raychat.on_ray import task_errors
 from raychat.training.build import BatchPlan
 
 BLOCK_BYTES = 8 * 2**20  # fat blocks cost less per row
@@ -64,7 +65,12 @@ class PackedRows(Datasource):
     def reader(self, steps: Span) -> Callable[[], list[pa.Table]]:
         """What reads one block."""
         plan = self.plan
-        return lambda: [read_block(plan, steps)]
+
+        def read() -> list[pa.Table]:
+            with task_errors.in_task():
+                return [read_block(plan, steps)]
+
+        return read
 
 
 def read_block(plan: BatchPlan, steps: Span) -> pa.Table:
@@ -109,9 +115,10 @@ class RankStream:
         per_dataset = per_block * TASKS_PER_DATASET
         for first in range(0, plan.num_batches, per_dataset):
             span = Span(first, min(first + per_dataset, plan.num_batches))
-            dataset = open_dataset(PackedRows(plan, span, per_block))
-            self.datasets.append(dataset)
-            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+            with task_errors.of_tasks():
+                dataset = open_dataset(PackedRows(plan, span, per_block))
+                self.datasets.append(dataset)
+                yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
 def open_dataset(source: PackedRows) -> ray.data.Dataset:
@@ -126,11 +133,11 @@ def open_dataset(source: PackedRows) -> ray.data.Dataset:
 
 
 def quiet_ray_data() -> None:
-    """Keep Ray Data's own progress out of a log that has a line for every step."""
+    """Keep Ray Data's own progress, and tracebacks of what it raises anyway, out of a log with a line for every step."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def steps_per_block(bytes_per_step: int) -> int:
