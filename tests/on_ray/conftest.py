@@ -1,0 +1,55 @@
+"""One local Ray cluster for all the tests here, never one that happens to run on the machine."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from raychat.on_ray.cluster import ENVIRONMENT, Cluster
+
+CPUS = 4
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="package")
+def cluster() -> Iterator[Cluster]:
+    """A cluster of `CPUS` CPUs, more than the machine may have, with a dashboard. Other processes can join it.
+
+    They find its address in `cluster.address`, and in the environment that it asks for a token.
+    """
+    patch = pytest.MonkeyPatch()
+    patch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in ENVIRONMENT.items():
+        patch.setenv(name, value)
+    # Ray turns authentication on for itself, in the environment, where clients that are given an address find it.
+    patch.setenv("RAY_AUTH_MODE", "")
+    patch.delenv("RAY_AUTH_MODE")
+    context = ray.init(
+        address="local",
+        num_cpus=CPUS,
+        num_gpus=0,
+        object_store_memory=2**28,
+        include_dashboard=True,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    yield Cluster(ray.get_runtime_context().gcs_address, f"http://{context.dashboard_url}", started_here=True)
+    ray.shutdown()
+    patch.undo()
+
+
+@pytest.fixture(scope="package")
+def environment(cluster) -> dict[str, str]:
+    """For processes that are to find raychat by themselves, and the token of the cluster, but nothing of the user's."""
+    unwanted = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYCHAT_BASE_DIR", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if name not in unwanted}
+    return kept | {"OMP_NUM_THREADS": "1"}
+
+
+def as_arguments(flags: Mapping[str, Any]) -> list[str]:
+    """Settings as they are typed."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
