@@ -5,6 +5,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from raychat.errors import ConfigError, RaychatError
 
 # What the machine refuses and the user can mend: a full or read-only disk, a quota, a permission.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+WARMUPS = {"warmup_steps", "warmup_ratio"}
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -28,6 +30,8 @@ def parse(args: Sequence[str], *, prog: str, description: str) -> Config:
     names = _flag_values(args, "--preset")
     _refuse_both_warmups(args)
     base = load_presets(names[-1]) if names else Config()
+    cleared = _other_warmup_cleared({flag for flag in WARMUPS if _flag_values(args, f"--{flag.replace('_', '-')}")})
+    base = Config.from_flat(cleared, base)
     return tyro.cli(
         Config,
         prog=prog,
@@ -43,7 +47,8 @@ def load_presets(names: str) -> Config:
     """The presets in the comma-separated `names`, each over the ones before; a name that ends in .toml is a file."""
     values: dict[str, Any] = {}
     for name in filter(None, (part.strip() for part in names.split(","))):
-        values |= _read_preset(name)
+        layer = _read_preset(name)
+        values |= _other_warmup_cleared(layer.keys() & WARMUPS) | layer
     try:
         return Config.from_flat(values | {"preset": names})
     except ConfigError as error:
@@ -68,7 +73,7 @@ def run_job(main: Callable[[list[str]], int | None]) -> None:
         code = 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        code = 130
+        code = 1
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
@@ -105,6 +110,11 @@ def _flag_values(args: Sequence[str], flag: str) -> list[str]:
                 value = args[index + 1]
             found.append(value)
     return found
+
+
+def _other_warmup_cleared(given: AbstractSet[str]) -> dict[str, Any]:
+    """A layer that says how to warm up takes the place of what the layers below it said."""
+    return dict.fromkeys(WARMUPS - given, -1) if given else {}
 
 
 def _refuse_both_warmups(args: Sequence[str]) -> None:

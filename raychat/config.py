@@ -40,7 +40,7 @@ class RunSettings:
     fresh: bool = False
     """start over in a new run directory, even when this one holds checkpoints"""
     allow_config_change: bool = False
-    """continue with other rates, decay, schedule or horizon than the run was started with"""
+    """continue with other rates, decay, schedule, horizon, batch or precision than the run was started with"""
     force: bool = False
     """run even where it would take unreasonably long, as a GPU-sized run on a CPU would"""
     tracking_uri: str = ""
@@ -359,7 +359,6 @@ class Config:
 
     def __post_init__(self) -> None:
         T = self.model.max_seq_len
-        tokens_per_pass = self.batch.device_batch_size * T
         total = self.batch.total_batch_size
         if total != -1:
             check_batch(total, self.batch.device_batch_size, T)
@@ -367,7 +366,6 @@ class Config:
             self.eval.eval_every == -1 or self.eval.eval_tokens >= T,
             f"--eval-tokens {self.eval.eval_tokens} is less than one sequence of {T} tokens.",
         )
-        require(tokens_per_pass > 0, "a pass has no tokens")
 
     def flat(self) -> dict[str, Any]:
         """Flag name with underscores -> value, over all groups."""

@@ -40,7 +40,7 @@ def trained(steps: int = 2, seed: int = 0):
 
 
 def meta(step: int, val_bpb: float | None = None) -> dict:
-    return {"step": step, "state": {"val_bpb": val_bpb}}
+    return {"step": step, "state": {"val_bpb": val_bpb, "val_step": step}}
 
 
 def save_here(root, step: int = 2, val_bpb: float | None = None):
@@ -160,7 +160,7 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
 def test_rollback_moves_later_checkpoints_aside(tmp_path):
     for step in (1, 2, 3):
         save_here(tmp_path, step)
-    assert checkpoint.abandon_after(tmp_path, 1, attempt=4) == [3, 2]
+    assert checkpoint.set_aside_after(tmp_path, 1, "abandoned-4") == [3, 2]
     assert checkpoint.steps(tmp_path) == [1]
     assert sorted(os.listdir(tmp_path / "abandoned-4")) == ["step_00000002", "step_00000003"]
 

@@ -251,8 +251,6 @@ def test_presets_are_judged_together(tmp_path):
         ["--warmup-steps", "10", "--warmup-ratio", "0.1"],
         ["--warmup-steps=40", "--warmup-ratio=0.1"],
         ["--warmup_ratio=0.1", "--warmup-steps", "0"],
-        ["--preset", "nanochat-feb26", "--warmup-steps", "10"],
-        ["--preset", "demo", "--warmup-ratio", "0.1"],
     ],
     ids=" ".join,
 )
@@ -264,7 +262,22 @@ def test_two_warm_ups_are_refused(args):
 @pytest.mark.parametrize(
     ("args", "steps", "ratio"),
     [
-        (["--warmup-ratio", "0.1"], 40, 0.1),
+        (["--preset", "nanochat-feb26", "--warmup-steps", "10"], 10, -1),
+        (["--preset", "demo", "--warmup-ratio", "0.1"], -1, 0.1),
+        (["--preset", "nanochat-feb26,demo"], 10, -1),
+        (["--preset", "4070_d12,nanochat-feb26"], -1, 0.0),
+    ],
+    ids=str,
+)
+def test_later_layer_says_how_to_warm_up(args, steps, ratio):
+    flat = values(*args)
+    assert (flat["warmup_steps"], flat["warmup_ratio"]) == (steps, ratio)
+
+
+@pytest.mark.parametrize(
+    ("args", "steps", "ratio"),
+    [
+        (["--warmup-ratio", "0.1"], -1, 0.1),
         (["--warmup-steps", "-1", "--warmup-ratio", "0.1"], -1, 0.1),
         (["--warmup-steps", "10", "--warmup-ratio", "-1"], 10, -1),
         (["--preset", "nanochat-feb26", "--warmup-steps", "10", "--warmup-ratio", "-1"], 10, -1),

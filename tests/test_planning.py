@@ -102,12 +102,24 @@ def test_unknown_device_has_no_mfu():
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA GeForce RTX 4070", 58.3),
         ("NVIDIA L4", 121),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA GeForce RTX 4070 Ti", 80.2),
     ],
 )
 def test_device_names_as_the_driver_spells_them_are_found(name, teraflops):
     peak = device_peak(name)
     assert peak is not None
     assert peak.flops == teraflops * 1e12
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA GeForce RTX 4070 SUPER", "NVIDIA GeForce RTX 5070 Ti",
+     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"],
+)  # fmt: skip
+def test_device_that_only_begins_like_a_listed_one_is_unknown(name):
+    assert device_peak(name) is None
 
 
 def test_mfu_is_the_share_of_all_devices_peak():

@@ -1,5 +1,6 @@
 """Preparation of data: whatever is missing is made, and nothing is made twice."""
 
+import json
 import shutil
 
 import numpy as np
@@ -143,3 +144,23 @@ def test_a_base_directory_that_cannot_be_written_to_is_refused(tmp_path):
         check_writable(tmp_path / "file" / "base")
     check_writable(tmp_path / "new" / "base")
     assert list((tmp_path / "new" / "base").iterdir()) == []
+
+
+def test_run_in_progress_stays_with_the_files_it_began_with(tiny_config, monkeypatch):
+    """A longer horizon would download more shards of climbmix, which are another corpus to the tokenizer and the order."""
+    asked = []
+    monkeypatch.setattr(
+        module.corpora, "open_corpus", lambda name, **settings: asked.append(settings["num_data_shards"])
+    )
+
+    def files(**changes):
+        open_corpus(tiny_config(corpus="climbmix", **changes), with_gpus=True, echo=silent)
+        return asked[-1]
+
+    run_dir = tiny_config().run_dir
+    assert files() is None  # as many as the horizon needs
+    (run_dir / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (run_dir / "config.json").write_text(json.dumps({"config": {"corpus": "climbmix"}, "corpus_files": 5}))
+    assert files() == files(num_iterations=400) == 5
+    assert files(num_data_shards=7) == 7
+    assert files(fresh=True) is None

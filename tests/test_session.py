@@ -151,6 +151,49 @@ def test_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(con
     assert second.summary.replayed_steps == 2
 
 
+def test_damaged_checkpoint_is_moved_where_it_cannot_displace_a_good_one(config):
+    first = run_here(config(num_iterations=6, keep_checkpoints=1), after(4, Signal.STOP))
+    (first.run_dir / "checkpoints" / "step_00000004" / "checkpoint.json").unlink()
+    second = run_here(config(num_iterations=6, keep_checkpoints=1), after(1, Signal.STOP))
+    assert second.summary.step == 1  # the newest good one was pruned when step 4 was saved: from the start
+    assert checkpoint.steps(second.run_dir / "checkpoints") == [1]
+    assert checkpoint.steps(second.run_dir / "checkpoints" / "damaged-2") == [4]
+
+
+def test_longer_horizon_goes_on_in_the_same_branch(config):
+    run_here(config())
+    longer = run_here(config(num_iterations=6, allow_config_change=True))
+    assert not [event for event in read_events(longer.run_dir / "metrics.jsonl") if event["event"] == "branch"]
+    assert [record["step"] for record in longer.records if "train/loss" in record] == list(range(6))
+
+
+def test_batch_that_does_not_fit_the_lanes_of_the_run_is_refused(config):
+    run_here(config())
+    with pytest.raises(CheckpointError, match="reads its rows in 8 lanes.*multiple of 256"):
+        run_here(config(num_iterations=6, total_batch_size=128, allow_config_change=True))
+    doubled = run_here(config(num_iterations=6, total_batch_size=512, allow_config_change=True))
+    assert doubled.summary.rows_consumed == 4 * 8 + 2 * 16
+
+
+def test_choices_made_on_the_machine_are_in_the_run_directory(config):
+    ran = run_here(config())
+    resolved = json.loads((ran.run_dir / "config.json").read_text())["resolved"]
+    assert (resolved["device_type"], resolved["dtype"], resolved["loss"]) == ("cpu", "float32", "chunked")
+    assert resolved["threads"] >= 1
+
+
+def test_driver_that_lost_its_lease_writes_nothing_more(config):
+    def take_over():
+        lease.write_text(json.dumps(json.loads(lease.read_text()) | {"holder": "another"}))
+        return Signal.SAVE
+
+    lease = config().run_dir / "lease.json"
+    with pytest.raises(LeaseError, match="taken over"):
+        run_here(config(), take_over)
+    assert checkpoint.steps(config().run_dir / "checkpoints") == []
+    assert json.loads(lease.read_text())["holder"] == "another"
+
+
 def test_wall_time_and_restarts_add_up_over_attempts(config):
     first = run_here(config(num_iterations=6), after(2, Signal.STOP))
     second = run_here(config(num_iterations=6))

@@ -49,6 +49,11 @@ class TokenData:
     tokenizer_dir: Path
     manifest: Manifest
 
+    @property
+    def corpus_files(self) -> int:
+        """Files of the corpus in use, the validation one included, as `--num-data-shards` counts them."""
+        return len(self.corpus.train) + len(self.corpus.val)
+
 
 def make_in_process(tasks: list[ShardTask]) -> Iterator[ShardInfo]:
     """Make shards one after the other, here. The edge has a maker that spreads them over a cluster."""
@@ -63,10 +68,25 @@ def open_corpus(config: Config, *, with_gpus: bool, echo: Callable[[str], None])
         base_dir=config.base_dir,
         val_corpus=data.val_corpus or None,
         text_column=data.text_column,
-        num_data_shards=None if data.num_data_shards == -1 else data.num_data_shards,
+        num_data_shards=_files_wanted(config),
         tokens_needed=recipe(config).tokens,
         echo=echo,
     )
+
+
+def _files_wanted(config: Config) -> int | None:
+    """Files of the corpus to use: as asked, or as many as the run began with, or None for what the horizon needs.
+
+    A run that goes on to a longer horizon stays with its data; a download of its own size would make it another corpus.
+    """
+    if config.data.num_data_shards != -1:
+        return config.data.num_data_shards
+    begun = config.run_dir / "config.json"
+    if config.run.fresh or not any((config.run_dir / "checkpoints").glob("step_*")) or not begun.exists():
+        return None
+    content = json.loads(begun.read_text())
+    same = content["config"]["corpus"] == config.data.corpus and not config.data.val_corpus
+    return content.get("corpus_files") if same and config.data.corpus in ("", "climbmix") else None
 
 
 def ensure_tokenizer(config: Config, corpus: Corpus, *, echo: Callable[[str], None]) -> Path:

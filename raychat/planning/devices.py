@@ -4,6 +4,7 @@ Dense bf16 with fp32 accumulation, without sparsity, from the vendors' data shee
 Consumer cards run bf16 with fp32 accumulation at half their fp16-accumulate rate: the table holds the former.
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -15,7 +16,7 @@ class DevicePeak:
     bandwidth: float
 
 
-# The first entry whose name is part of the device's name wins: longer names stand before shorter ones.
+# The first entry whose name is in the device's name, as whole words, wins: longer names stand before shorter ones.
 PEAKS: dict[str, DevicePeak] = {
     "gb300": DevicePeak(2.5e15, 8.0e12),
     "gb200": DevicePeak(2.5e15, 8.0e12),
@@ -65,9 +66,15 @@ def cpu_hours(flops: float, dtype: str, cores: int) -> float:
 
 
 def device_peak(name: str) -> DevicePeak | None:
-    """Peak of the device with this `name` (as the driver reports it), or None when it is not known."""
+    """Peak of the device with this `name` (as the driver reports it), or None when it is not known.
+
+    A model whose name only begins like a listed one (a laptop's, a Ti, a SUPER) is another device.
+    """
     lowered = name.lower()
-    return next((peak for key, peak in PEAKS.items() if key in lowered), None)
+    for key, peak in PEAKS.items():
+        if re.search(rf"(?<![a-z0-9]){re.escape(key)}(?![a-z0-9])(?! (?:ti|super|laptop|max-q|mobile|d)\b)", lowered):
+            return peak
+    return None
 
 
 def mfu_percent(flops_per_token: float, tok_per_sec: float, peak_flops: float | None, devices: int) -> float | None:

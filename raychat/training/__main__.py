@@ -4,6 +4,7 @@ Rank 0 prepares the data and keeps the run directory. The record is the journal;
 """
 
 import datetime
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from raychat.data.prepare import make_in_process, prepare
 from raychat.data.shards import RowReader, read_manifest
 from raychat.errors import DataError, RaychatError
 from raychat.planning import format_plan, make_plan
+from raychat.tracking.shipping_state import ShippingState
+from raychat.tracking.tracking_uri import default_tracking_uri, public_uri, store_error
 from raychat.training import device
 from raychat.training.build import BatchPlan, train
 from raychat.training.events import Event
@@ -73,6 +76,8 @@ def _run(config: Config, world: World, *, with_gpus: bool) -> int:
             data = prepare(config, with_gpus=with_gpus, maker=make_in_process, echo=_echo)
             session = Session(config, data, echo=_echo)
             job = None if session.done else session.begin_attempt(world_size=world.world_size)
+            if job:
+                _leave_for_mlflow(session)
         except RaychatError as error:
             problem = error
     problem, job = world.broadcast((problem, job))
@@ -93,6 +98,20 @@ def _run(config: Config, world: World, *, with_gpus: bool) -> int:
             for line in session.closing_lines(session.close(status)):
                 _echo(line)
     return 0
+
+
+def _leave_for_mlflow(session: Session) -> None:
+    """Write down what MLflow needs, so that `jobs/runs.py --sync` can send the journal; nothing here talks to MLflow."""
+    config = session.config
+    if config.run.run == "dummy":
+        return
+    uri = config.run.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(config.base_dir)
+    if problem := store_error(uri):
+        raise problem
+    before = ShippingState.load(session.run_dir)
+    if before is None:
+        facts = session.tracking_facts() | {"tags": {"raychat.run_dir": str(session.run_dir)}}
+        ShippingState(uri=public_uri(uri), experiment=config.run.experiment, **facts).save(session.run_dir)
 
 
 def _stop_on_signals() -> Callable[[], Signal]:

@@ -19,7 +19,7 @@ from raychat.optim import MuonAdamW, build_optimizer
 from raychat.planning import Recipe, model_shape, param_counts, recipe
 from raychat.training import checkpoint
 from raychat.training.device import Resolved, device_type, resolve
-from raychat.training.events import Line, Sink
+from raychat.training.events import Line, Note, Sink
 from raychat.training.loop import Clock, LoopState, Signal, Surroundings, Trainer
 from raychat.training.world import World
 
@@ -35,6 +35,8 @@ class Job:
     attempt: int
     attempt_started: float
     wall_before_s: float
+    lease_holder: str
+    journal_offset: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ def train(
             f"--num-workers {world.world_size} is more than the {rows} sequences of a batch: use at most {rows}."
         )
 
-    found = checkpoint.verify(Path(job.checkpoint)) if job.checkpoint else None
+    found = checkpoint.trusted(Path(job.checkpoint)) if job.checkpoint else None
     model = build_model(config, resolved, device)
     optimizer = _build_optimizer(config, run, model)
     if config.precision.fp8:
@@ -103,10 +105,12 @@ def train(
         "lanes": lanes,
         "seed": config.run.seed,
         "attempt": job.attempt,
+        "journal_offset": job.journal_offset,
         "resolved": dataclasses.asdict(resolved),
         "val_tokens": val_rows * config.model.max_seq_len,
     }
     if world.rank == 0:
+        sink(Note("resolved", dataclasses.asdict(resolved)))
         for line in describe(config, run, resolved, manifest, world, state):
             sink(Line(line))
     trainer = Trainer(
@@ -134,6 +138,8 @@ def train(
                 price_per_hour=None if config.money.price_per_hour == -1 else config.money.price_per_hour,
             ),
             checkpoints=config.run_dir / "checkpoints",
+            lease=config.run_dir / "lease.json",
+            lease_holder=job.lease_holder,
             meta=meta,
         ),
         state=state,

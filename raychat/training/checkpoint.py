@@ -88,6 +88,11 @@ def save(root: Path, model: GPT, optimizer: MuonAdamW, meta: dict[str, Any], wor
     return final
 
 
+def trusted(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, which the driver has just verified: ranks need not all read it twice."""
+    return Checkpoint(path, read_meta(path))
+
+
 def read_meta(path: Path) -> dict[str, Any]:
     """The content of a checkpoint's checkpoint.json, without verifying the rest."""
     return json.loads((path / META).read_text())
@@ -142,7 +147,8 @@ def prune(root: Path, keep_last: int) -> list[Path]:
     best: tuple[float, int] | None = None
     for step in ordered:
         try:
-            val_bpb = read_meta(root / folder_name(step))["state"]["val_bpb"]
+            state = read_meta(root / folder_name(step))["state"]
+            val_bpb = state["val_bpb"] if state["val_step"] == step else None  # else it is of an earlier step
         except (OSError, ValueError, KeyError):
             continue
         if val_bpb is not None and (best is None or val_bpb < best[0]):
@@ -155,11 +161,11 @@ def prune(root: Path, keep_last: int) -> list[Path]:
     return gone
 
 
-def abandon_after(root: Path, step: int, attempt: int) -> list[int]:
-    """Move checkpoints later than `step` to `abandoned-{attempt}/`: a rollback deletes nothing. Returns their steps."""
+def set_aside_after(root: Path, step: int, name: str) -> list[int]:
+    """Move checkpoints later than `step` to the folder `name`: nothing is deleted by going back. Returns their steps."""
     later = [found for found in steps(root) if found > step]
     for found in later:
-        target = root / f"abandoned-{attempt}" / folder_name(found)
+        target = root / name / folder_name(found)
         target.parent.mkdir(exist_ok=True)
         (root / folder_name(found)).rename(target)
     return later

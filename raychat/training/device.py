@@ -5,6 +5,7 @@ Rules, not timings, decide on a CPU, so that the same machine decides the same w
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -107,7 +108,13 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those it is bound to, or fewer where a container's quota is smaller."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or `max`: no quota
+        return cores
 
 
 def _dtype(requested: str, kind: str) -> tuple[str, str]:

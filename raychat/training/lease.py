@@ -14,6 +14,7 @@ from raychat.errors import RaychatError
 
 BEAT_S = 5.0
 STALE_S = 60.0
+SETTLE_S = 0.1
 
 
 class LeaseError(RaychatError):
@@ -25,8 +26,10 @@ class Lease:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "lease.json"
+        self.holder = uuid.uuid4().hex
+        """name of this holder: what a process that writes on its behalf compares with the file"""
         self._mine = {
-            "holder": uuid.uuid4().hex,
+            "holder": self.holder,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": time.time(),
@@ -48,6 +51,9 @@ class Lease:
         """Take the lease, from nobody or from a holder that has stopped beating."""
         self.refuse_if_held()
         self._write()
+        time.sleep(SETTLE_S)
+        if (holder := read_lease(self.path)) and holder["holder"] != self.holder:
+            self.refuse_if_held()  # another driver that started at the same moment wrote last
         self._thread.start()
 
     def release(self) -> None:
@@ -55,12 +61,12 @@ class Lease:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        if (holder := read_lease(self.path)) and holder["holder"] == self._mine["holder"]:
+        if (holder := read_lease(self.path)) and holder["holder"] == self.holder:
             self.path.unlink()
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
-            if (holder := read_lease(self.path)) and holder["holder"] != self._mine["holder"]:
+            if (holder := read_lease(self.path)) and holder["holder"] != self.holder:
                 self.lost = True
                 return
             try:
@@ -70,6 +76,12 @@ class Lease:
 
     def _write(self) -> None:
         write_json(self.path, self._mine | {"heartbeat": time.time()})
+
+
+def taken_over(path: Path, holder: str) -> bool:
+    """Whether the lease at `path` is now somebody else's than `holder`'s."""
+    lease = read_lease(path)
+    return lease is not None and lease["holder"] != holder
 
 
 def read_lease(path: Path) -> dict[str, Any] | None:

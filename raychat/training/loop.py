@@ -17,7 +17,7 @@ from raychat.data.tokenizer import Tokenizer
 from raychat.errors import CheckpointError, RaychatError
 from raychat.evaluation.bpb import evaluate_bpb
 from raychat.evaluation.samples import DEFAULT_PROMPTS, samples
-from raychat.model import GPT, fp8
+from raychat.model import GPT
 from raychat.optim import MuonAdamW
 from raychat.optim.schedule import lr_multiplier, muon_momentum, weight_decay_at
 from raychat.planning import Recipe, warmup_steps
@@ -25,6 +25,7 @@ from raychat.planning.devices import mfu_percent
 from raychat.training import checkpoint
 from raychat.training.device import Resolved, peak_memory_bytes
 from raychat.training.events import Ended, Line, Metrics, Note, Saved, Sink
+from raychat.training.lease import LeaseError, taken_over
 from raychat.training.save_clock import SaveClock
 from raychat.training.scaler import LossScaler
 from raychat.training.world import World
@@ -97,6 +98,8 @@ class Surroundings:
     poll: Callable[[], Signal]
     clock: Clock
     checkpoints: Path
+    lease: Path
+    lease_holder: str
     meta: dict[str, Any]
 
 
@@ -148,7 +151,7 @@ class Trainer:
             if wanted and step != self.saved_at:
                 self._save(must=last or signal is Signal.STOP)
             if last or signal is Signal.STOP:
-                self._send(Ended(last, asdict(self.state), peak_memory_bytes(self.device)))
+                self._send(Ended(last, asdict(self.state), max(self.world.gather(peak_memory_bytes(self.device)))))
                 return last
             signal = self._train_step(next(self.around.batches))
 
@@ -268,7 +271,7 @@ class Trainer:
             "train/mfu": state.mfu,
             "train/grad_norm": grad_norm,
             "time/total_training": state.total_training_time_s,
-            "flops/total": float(self.recipe.flops_per_token) * self.recipe.total_batch_size * state.step,
+            "flops/total": float(self.recipe.flops_per_token) * state.rows_consumed * self.config.model.max_seq_len,
             "goodput": state.step_time_s / max(clock.wall_s(), state.step_time_s),
             "cost/usd": clock.cost_usd(),
         }
@@ -289,9 +292,11 @@ class Trainer:
 
     def _evaluate(self) -> None:
         start, step = time.perf_counter(), self.state.step
-        with fp8.high_precision(self.model):
-            rows = (self._to_device(rows) for rows in self.around.validation())
-            bpb = evaluate_bpb(self.model, rows, self.token_bytes, self.device)
+        rows = (self._to_device(rows) for rows in self.around.validation())
+        # In chunks: the full float32 logits of a batch that fits in training would not fit here, uncompiled.
+        loss_impl, self.model.loss_impl = self.model.loss_impl, "chunked"
+        bpb = evaluate_bpb(self.model, rows, self.token_bytes, self.device)
+        self.model.loss_impl = loss_impl
         lowest = bpb if self.state.min_val_bpb is None else min(bpb, self.state.min_val_bpb)
         self.state = replace(self.state, val_bpb=bpb, val_step=step, min_val_bpb=lowest)
         self._send(Metrics(step, {"val/bpb": bpb}, time.time()))
@@ -305,13 +310,14 @@ class Trainer:
 
     def _sample(self) -> None:
         if self.world.rank == 0:  # the others wait in their next collective
-            with fp8.high_precision(self.model):
-                for prompt, text in zip(DEFAULT_PROMPTS, samples(self.model, self.tokenizer), strict=True):
-                    self._send(Line(f"step {self.state.step:05d} | sample: {text!r}"))
-                    self._send(Note("sample", {"step": self.state.step, "prompt": prompt, "text": text}))
+            for prompt, text in zip(DEFAULT_PROMPTS, samples(self.model, self.tokenizer), strict=True):
+                self._send(Line(f"step {self.state.step:05d} | sample: {text!r}"))
+                self._send(Note("sample", {"step": self.state.step, "prompt": prompt, "text": text}))
 
     def _save(self, *, must: bool) -> None:
         start, step = time.perf_counter(), self.state.step
+        if self.world.broadcast(self.world.rank == 0 and taken_over(self.around.lease, self.around.lease_holder)):
+            raise LeaseError(f"Another driver has taken over {self.around.lease.parent}: this one writes nothing more.")
         meta = self.around.meta | {"step": step, "state": asdict(self.state), "world_size": self.world.world_size}
         try:
             path = checkpoint.save(self.around.checkpoints, self.model, self.optimizer, meta, self.world)

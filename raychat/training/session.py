@@ -65,6 +65,7 @@ class Session:
         self.ended: Ended | None = None
         self.failure: Failed | None = None
         self._first_attempt = True
+        self._resolved: dict[str, Any] | None = None
 
     @property
     def done(self) -> bool:
@@ -88,15 +89,19 @@ class Session:
         if not self._first_attempt:
             self.start = checkpoint.newest(self.checkpoints, echo=self.echo)
         step = self.start.step if self.start else 0
-        if rollback and (later := checkpoint.abandon_after(self.checkpoints, step, attempt)):
-            self.echo(f"checkpoints of steps {', '.join(map(str, later))} moved to abandoned-{attempt}/")
+        # A damaged checkpoint left in place would count as the newest when old ones are pruned.
+        aside = f"{'abandoned' if rollback else 'damaged'}-{attempt}"
+        if later := checkpoint.set_aside_after(self.checkpoints, step if self.start else -1, aside):
+            self.echo(f"checkpoints of steps {', '.join(map(str, later))} moved to {aside}/")
         logged = [record["step"] for record in read_journal(self.journal.path) if "train/loss" in record]
         replayed = max(0, max(logged, default=-1) + 1 - step)
-        if self.journal.high_water >= step and self._first_attempt and (rollback or self.changed or not self.start):
+        if replayed and self._first_attempt and (rollback or self.changed or not self.start):
             self.journal.event("branch", from_step=step)  # what was logged from here on is of another training
             replayed = 0
         self._first_attempt = False
-        self.journal.event("start", attempt=attempt, resume_step=step, replayed=replayed, **facts)
+        self.journal.event(
+            "start", attempt=attempt, driver=self.lease.holder, resume_step=step, replayed=replayed, **facts
+        )
         self._write_config()
         return Job(
             config=self.config.flat(),
@@ -106,6 +111,8 @@ class Session:
             attempt=attempt,
             attempt_started=time.time(),
             wall_before_s=wall_before,
+            lease_holder=self.lease.holder,
+            journal_offset=self.journal.offset,
         )
 
     def receive(self, event: Event) -> None:
@@ -118,6 +125,9 @@ class Session:
                 self.echo(text)
             case Metrics(step, values, time_s):
                 self.journal.log(step, values, time_s)
+            case Note("resolved", fields):
+                self._resolved = fields
+                self._write_config()
             case Note(kind, fields):
                 self.journal.event(kind, **fields)
             case Saved(step, path, state):
@@ -128,6 +138,19 @@ class Session:
                 self.peak_memory_bytes = event.peak_memory_bytes
             case Failed():
                 self.failure = event
+
+    def tracking_facts(self) -> dict[str, Any]:
+        """What MLflow is told about the run besides its metrics: name, params and the dataset."""
+        config, data = self.config, self.data
+        return {
+            "run_name": config.run.run or config.model_tag,
+            "params": config.flat() | dataclasses.asdict(self.recipe),
+            "dataset": {
+                "name": data.corpus.name,
+                "source": config.data.corpus or data.corpus.name,
+                "digest": data.manifest.fingerprint,
+            },
+        }
 
     def close(self, status: Literal["finished", "failed", "stopped"], *, mlflow_run_id: str | None = None) -> Summary:
         """Write the loss curve and `summary.json`, give the lease back, and return the summary."""
@@ -199,6 +222,12 @@ class Session:
         )
         if changed:
             self.echo(f"going on with other settings: {'; '.join(changed)}")
+        T, lanes = self.config.model.max_seq_len, self.start.meta["lanes"]
+        if self.recipe.total_batch_size // T % lanes:
+            raise CheckpointError(
+                f"The run {self.run_dir} reads its rows in {lanes} lanes, and {self.recipe.total_batch_size:,} tokens are "
+                f"{self.recipe.total_batch_size // T} rows: give a --total-batch-size that is a multiple of {lanes * T:,}."
+            )
         if self.start.step > self.recipe.num_iterations:
             raise CheckpointError(
                 f"The run {self.run_dir} is at step {self.start.step:,} and the horizon is now "
@@ -214,19 +243,25 @@ class Session:
             "data_fingerprint": self.data.manifest.fingerprint,
             "config": flat,
             "recipe": dataclasses.asdict(self.recipe),
+            "corpus_files": self.data.corpus_files,
+            "resolved": self._resolved,
         }
         write_json(self.run_dir / "config.json", content)
         write_json(self.run_dir / "plan.json", make_plan(self.config))
 
     def _history(self) -> tuple[list[dict[str, Any]], float]:
-        """Start events so far, and the wall time of their attempts: each ends with the last thing it journaled."""
+        """Start events so far, and the wall time of their attempts: each ends with the last thing it journaled.
+
+        The time between two attempts counts where one driver made both: the machines were there, and paid for.
+        """
         starts: list[dict[str, Any]] = []
         wall = last = 0.0
         for record, _ in records_from(self.journal.path):
-            if record.get("event") == "start":
-                starts.append(record)
-            elif starts:
+            begins = record.get("event") == "start"
+            if starts and (not begins or record["driver"] == starts[-1]["driver"]):
                 wall += max(0.0, record["time"] - last)
+            if begins:
+                starts.append(record)
             last = record["time"]
         return starts, wall
 
