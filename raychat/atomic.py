@@ -1,7 +1,8 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and checksums that tell a damaged one."""
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON. Raises ValueError for NaN, which JSON cannot say."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def crc32(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def sync_folder(path: Path) -> None:

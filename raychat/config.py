@@ -307,7 +307,7 @@ class ClusterSettings:
     address: str = ""
     """Ray cluster to use; default: RAY_ADDRESS, which `ray job submit` sets, else one that the job starts and stops"""
     num_workers: Literal["auto"] | int = "auto"
-    """training workers, one per device; auto: all GPUs that there are or that the autoscaler can add, else 1"""
+    """training workers, one per device; auto: all GPUs that the cluster has now, else 1"""
     min_workers: int = -1
     """fewest workers to begin or go on with when num_workers cannot be had; -1: num_workers"""
     max_failures: int = 3

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.model import GPT, GPTConfig
 from raychat.model import fp8 as fp8_module
 from raychat.model.fp8 import fp8_capable, fp8_training, high_precision, takes_fp8
 from raychat.model.gpt import Linear, norm, rotate
+from raychat.planning import flops_per_token, model_shape, param_counts
+from raychat.training.build import gpt_config
 
 SMALL = GPTConfig(sequence_len=192, vocab_size=97, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
 
@@ -297,3 +300,18 @@ def test_fp8_trains_near_bfloat16(recipe):
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=2e-2)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"depth": 3, "window_pattern": "L"}, {"depth": 5, "num_kv_heads": 1, "vocab_size": 300}]
+)
+def test_planning_counts_what_the_model_has(flags):
+    """The depth dial answers without torch; here its formulas meet the tensors."""
+    settings = Config.from_flat({"depth": 4, "aspect_ratio": 32, "head_dim": 32, "max_seq_len": 256} | flags)
+    with torch.device("meta"):
+        model = GPT(gpt_config(settings))
+    shape = model_shape(settings.model)
+    counts = param_counts(shape)
+    assert model.num_params() == {**dataclasses.asdict(counts), "total": counts.total}
+    assert model.flops_per_token() == flops_per_token(shape)
+    assert tuple(model.window_sizes()) == shape.windows

@@ -98,7 +98,7 @@ def test_a_directory_in_which_nothing_started_is_no_run(tmp_path):
     make_run(tmp_path)
     (tmp_path / "runs" / "planned").mkdir()
     (tmp_path / "runs" / "planned" / "plan.json").write_text("{}")
-    assert [run.name for run in run_dirs(tmp_path)] == ["d2"]
+    assert [run.name for run in run_dirs(tmp_path / "runs")] == ["d2"]
     assert run_dirs(tmp_path / "nowhere") == []
 
 

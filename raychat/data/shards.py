@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from raychat.atomic import write_json
+from raychat.atomic import crc32, write_json
 from raychat.data.corpus import Corpus, Source, Unit, read_documents, split_units
 from raychat.data.order import CHUNK_ROWS
 from raychat.data.pack import pack
@@ -167,7 +166,7 @@ def make_shard(task: ShardTask) -> ShardInfo:
             source=task.unit.source.name,
             rows=rows,
             bytes=temporary.stat().st_size,
-            crc32=_crc32(temporary),
+            crc32=crc32(temporary),
             **counts,
         )
         temporary.replace(target)
@@ -237,7 +236,7 @@ def verify_shard(folder: Path, shard: ShardInfo) -> None:
         DataError: when they are not those that were written.
     """
     file = folder / shard.file
-    if _crc32(file) != shard.crc32:
+    if crc32(file) != shard.crc32:
         raise DataError(
             f"Token shard {file} is damaged: its checksum is wrong. Delete it and {folder / 'manifest.json'}, and run the "
             "same command: it is made again."
@@ -304,14 +303,6 @@ def _write_rows(path: Path, rows: Iterator[np.ndarray], spec: ShardSpec) -> int:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return count
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
 
 
 @functools.lru_cache(maxsize=2)  # a task is short, and building the encoder is not

@@ -8,7 +8,6 @@ Legend: B rows, T positions, C = n_embd channels, H heads, Hkv key and value hea
 """
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +18,14 @@ from torch import Tensor, nn
 from raychat.errors import ConfigError
 from raychat.model.attention import attend
 from raychat.model.loss import LOSSES, Reduction, softcapped_logits
+from raychat.planning.scaling import (
+    SMEAR_CHANNELS,
+    VALUE_GATE_CHANNELS,
+    VOCAB_MULTIPLE,
+    has_value_embedding,
+    window_sizes,
+)
 
-VOCAB_MULTIPLE = 64  # embedding and head rows are padded to it, for the tensor cores and for even shards
-SMEAR_CHANNELS = 24  # first channels of the embedding that decide how much of the previous token is mixed in
-GATE_CHANNELS = 12  # first channels of a block's input that decide how much value embedding each head takes
 ROTARY_BASE = 100_000
 ROTARY_REACH = 10  # the tables serve up to this many times sequence_len positions
 NORM_EPS = 2.0**-23  # float32's machine epsilon, in every dtype
@@ -86,14 +89,13 @@ class GPTConfig:
 
     def windows(self) -> list[int | None]:
         """Left window of each block in positions; None is full context."""
-        short = math.ceil(self.sequence_len * self.short_window_ratio / 128) * 128
-        pattern = self.window_pattern.upper()
-        tiled = [short if pattern[i % len(pattern)] == "S" else None for i in range(self.n_layer)]
-        return [*tiled[:-1], None]
+        T = self.sequence_len
+        sizes = window_sizes(self.window_pattern, self.n_layer, T, self.short_window_ratio)
+        return [None if size >= T else size for size in sizes]
 
     def has_value_embed(self, layer: int) -> bool:
         """Every other block adds a value embedding, the last one included."""
-        return layer % 2 == (self.n_layer - 1) % 2
+        return has_value_embedding(layer, self.n_layer)
 
 
 class Linear(nn.Linear):
@@ -142,7 +144,7 @@ class Attention(nn.Module):
         self.c_v = Linear(C, config.n_kv_head * D)
         self.c_proj = Linear(C, C)
         if config.has_value_embed(layer):
-            self.ve_gate = Linear(GATE_CHANNELS, config.n_kv_head)
+            self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head)
 
     def forward(
         self,
@@ -156,7 +158,7 @@ class Attention(nn.Module):
         k = self.c_k(x).view(B, T, self.n_kv_head, -1)
         v = self.c_v(x).view(B, T, self.n_kv_head, -1)
         if value_embed is not None:
-            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, Hkv)
+            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, Hkv)
             v = v + gate[..., None] * value_embed.view_as(v)
         q, k = 1.2 * norm(rotate(q, *rotary)), 1.2 * norm(rotate(k, *rotary))
         y = attend(q, k, v, self.window, backend)

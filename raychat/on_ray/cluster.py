@@ -87,8 +87,14 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
             num_cpus=max(os.cpu_count() or 1, workers + 1) if local else None,
             object_store_memory=OBJECT_STORE_BYTES if local else None,
             logging_level=logging.WARNING,
+            log_to_driver=False,  # what a worker has to say comes through the inbox, once and whole
             job_config=JobConfig(_py_driver_sys_path=code_path()),
         )
+    except ray.exceptions.AuthenticationError as error:
+        raise ConfigError(
+            f"The Ray cluster at {address!r} asks for a token: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or keep the "
+            "token in ~/.ray/auth_token, as `ray get-auth-token --generate` does)."
+        ) from error
     except (ConnectionError, ValueError) as error:
         raise ConfigError(
             f"There is no Ray cluster at {address!r} ({error}). Start one with `ray start --head`, correct --address or "

@@ -53,7 +53,7 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
     Raises:
         RaychatError: what the user gave cannot work, or the run failed for good.
     """
-    config = with_absolute_paths(config)
+    config, echo = with_absolute_paths(config), _unbreakable(echo)
     tracking_uri = _tracking_uri(config)
     if clusters.address_of(config) == "local":  # refuse what this machine has not before anything is prepared
         device.refuse_gpu_sized(config, device.resolve(config, local_world_size=1))
@@ -67,7 +67,7 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
             return None
         try:
             live = cluster.connected()
-            _check_cluster(config, live)
+            _check_cluster(config, live, echo)
         except BaseException:
             session.abort()
             raise
@@ -182,8 +182,6 @@ def _pump(inbox: Any, session: Session) -> Iterator[None]:
             return
         for event in events:
             session.receive(event)
-        if session.lease.lost:
-            inbox.ask_to_stop.remote()
 
     def work() -> None:
         while not stop.wait(PUMP_S):
@@ -226,13 +224,33 @@ def choose_workers(config: Config, cluster: clusters.Cluster) -> tuple[int, bool
 
     What is asked for, or fewer down to `--min-workers` where the cluster has no more now.
     """
-    use_gpu = cluster.gpus > 0 and config.precision.device_type in ("", "cuda")
+    use_gpu = wants_gpus(config) or (cluster.gpus > 0 and config.precision.device_type == "")
     there = cluster.gpus if use_gpu else cluster.cpus
     wanted = config.cluster.num_workers
     if wanted == "auto":
         return (max(1, there) if use_gpu else 1), use_gpu
     fewest = wanted if config.cluster.min_workers == -1 else config.cluster.min_workers
     return max(fewest, min(wanted, there)), use_gpu
+
+
+def wants_gpus(config: Config) -> bool:
+    """Whether only GPUs will do, also those that an autoscaler has yet to add."""
+    return config.precision.device_type == "cuda" or config.precision.fp8
+
+
+def _unbreakable(echo: Echo) -> Echo:
+    """`echo` that falls silent when nobody reads any more: a closed terminal must not end a run."""
+    broken = []
+
+    def careful(text: str) -> None:
+        if broken:
+            return
+        try:
+            echo(text)
+        except OSError:
+            broken.append(text)
+
+    return careful
 
 
 class LazyCluster:
@@ -252,6 +270,8 @@ class LazyCluster:
         """Whether the run will be on GPUs; asks the cluster only where that decides something."""
         if self._config.data.corpus or self._config.precision.device_type == "cpu":
             return False
+        if wants_gpus(self._config):
+            return True
         if clusters.address_of(self._config) == "local":
             import torch  # slow to load, and only needed here
 
@@ -313,15 +333,20 @@ def _finish_tracking(session: Session, shipper: MLflowShipper, summary: Summary)
     shipper.finish(ended.get(summary.status, "FAILED"), artifacts, grace_s)
 
 
-def _check_cluster(config: Config, cluster: clusters.Cluster) -> None:
-    """Refuse what the cluster has not, as far as its nodes are up."""
-    if cluster.started_here or cluster.gpus:
+def _check_cluster(config: Config, cluster: clusters.Cluster, echo: Echo) -> None:
+    """Refuse what this cluster cannot do; say so when the run has to wait for nodes."""
+    workers, use_gpu = choose_workers(config, cluster)
+    if not use_gpu and not cluster.started_here:
+        device.refuse_gpu_sized(config, device.resolve(config, local_world_size=1), cores=cluster.cpus)
+    there, kind = (cluster.gpus, "GPUs") if use_gpu else (cluster.cpus, "CPUs")
+    if workers <= there:
         return
-    if config.precision.device_type == "cuda" or config.precision.fp8:
-        flag = "--fp8" if config.precision.fp8 else "--device-type cuda"
+    if cluster.started_here:
         raise ConfigError(
-            f"{flag}: the cluster at {cluster.address} has no GPU. Add GPU nodes to it, or leave the flag out."
+            f"--num-workers {workers}: this machine has {there} {kind}. Use --num-workers {max(1, there)}, or a cluster that "
+            "has more (--address)."
         )
+    echo(f"waiting for {workers} workers: the cluster has {there} {kind} now, and the run begins when it has {workers}")
 
 
 def _git_commit() -> str:

@@ -5,6 +5,7 @@ the plan, so a task that is killed and run again gives the same block, and so do
 same steps. Read tasks ask for no CPU: on nodes whose CPUs all belong to training workers they would otherwise hang.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from ray.train import DataConfig
 
 from raychat.data.batches import Batch
 from raychat.data.order import Order, rank_slice
-from raychat.data.shards import Manifest, RowReader, read_manifest
+from raychat.data.shards import RowReader, read_manifest
 from raychat.errors import DataError
 from raychat.on_ray import task_errors
 from raychat.training.build import BatchPlan
@@ -75,15 +76,14 @@ class PackedRows(Datasource):
 
 def read_block(plan: BatchPlan, steps: Span) -> pa.Table:
     """This rank's rows of these steps, step after step, in a column `tokens`."""
-    manifest = _manifest(plan.tokens_dir)
-    order = Order([shard.rows for shard in manifest.split("train")], seed=plan.seed, lanes=plan.lanes)
+    reader, order = _opened(plan.tokens_dir, plan.seed, plan.lanes)
     lo, hi = rank_slice(plan.rows_per_batch, plan.rank, plan.world_size)
     ids = [
         order.batch(plan.cursor + step * plan.rows_per_batch, plan.rows_per_batch, lo, hi)
         for step in range(steps.first, steps.stop)
     ]
-    rows = RowReader(manifest, "train").rows(np.concatenate(ids))
-    kind = pa.list_(pa.from_numpy_dtype(rows.dtype), manifest.row_len)
+    rows = reader.rows(np.concatenate(ids))
+    kind = pa.list_(pa.from_numpy_dtype(rows.dtype), reader.row_len)
     return pa.table({"tokens": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=kind)})
 
 
@@ -97,17 +97,14 @@ class RankStream:
 
     def batches(self, plan: BatchPlan) -> Iterator[Batch]:
         """The batches of `plan`, read ahead by Ray Data while the caller trains."""
-        manifest = _manifest(plan.tokens_dir)
-        rows_per_epoch = Order(
-            [shard.rows for shard in manifest.split("train")], seed=plan.seed, lanes=plan.lanes
-        ).epoch_rows
+        reader, order = _opened(plan.tokens_dir, plan.seed, plan.lanes)
         lo, hi = rank_slice(plan.rows_per_batch, plan.rank, plan.world_size)
         cursor = plan.cursor
-        for block in self._blocks(plan, steps_per_block((hi - lo) * manifest.row_len * 2)):
+        for block in self._blocks(plan, steps_per_block((hi - lo) * reader.row_len * reader.dtype.itemsize)):
             flat = block.column("tokens").combine_chunks().flatten().to_numpy(zero_copy_only=True)
-            rows = flat.reshape(-1, manifest.row_len)
+            rows = flat.reshape(-1, reader.row_len)
             for first in range(0, len(rows), hi - lo):
-                epoch = cursor // rows_per_epoch
+                epoch = order.epoch(cursor)
                 cursor += plan.rows_per_batch
                 yield Batch(rows[first : first + hi - lo], cursor, epoch)
 
@@ -155,10 +152,11 @@ class RowsDataConfig(DataConfig):
         return [{"train": RankStream(rank, world_size)} for rank in range(world_size)]
 
 
-def _manifest(folder: str) -> Manifest:
+@functools.lru_cache(maxsize=2)  # a process that reads blocks reads many of the same shards
+def _opened(folder: str, seed: int, lanes: int) -> tuple[RowReader, Order]:
     manifest = read_manifest(Path(folder))
     if manifest is None:
         raise DataError(
             f"{folder} holds no token shards on this node: --base-dir must be a folder that all nodes share."
         )
-    return manifest
+    return RowReader(manifest, "train"), Order([s.rows for s in manifest.split("train")], seed=seed, lanes=lanes)

@@ -8,7 +8,7 @@ import ray.train.torch
 from raychat.errors import RaychatError
 from raychat.on_ray.inbox import StopPoll
 from raychat.training.build import Job, train
-from raychat.training.events import Event, Failed
+from raychat.training.events import Ended, Event, Failed
 from raychat.training.loop import Signal
 from raychat.training.world import World
 
@@ -26,7 +26,9 @@ def train_worker(spec: dict[str, Any]) -> None:
     )
 
     def send(event: Event) -> None:
-        inbox.put.remote(event)
+        sent = inbox.put.remote(event)
+        if isinstance(event, Ended):  # the last word: Ray may end this process before it is on its way
+            ray.get(sent)
 
     try:
         train(

@@ -12,9 +12,10 @@ from raychat.config import Config, HorizonSettings, ModelSettings
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19  # tokens
 BATCH_EXPONENT = 0.383  # arXiv:2505.13738
-VOCAB_MULTIPLE = 64
+VOCAB_MULTIPLE = 64  # embedding and head rows are padded to it, for the tensor cores and for even shards
 WINDOW_MULTIPLE = 128
-SMEAR_CHANNELS, VALUE_GATE_CHANNELS = 24, 12
+SMEAR_CHANNELS = 24  # first channels of the embedding that decide how much of the previous token is mixed in
+VALUE_GATE_CHANNELS = 12  # first channels of a block's input that decide how much value embedding each head takes
 
 
 @dataclass(frozen=True, kw_only=True)

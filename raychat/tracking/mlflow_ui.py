@@ -52,7 +52,9 @@ def server_command(uri: str, artifacts: Path, host: str, port: int) -> list[str]
 def page_url(base_dir: Path, host: str, port: int) -> str:
     """The page with the curves of the experiment that was written to last."""
     uri = default_tracking_uri(base_dir)
-    states = [ShippingState.load(path) for path in sorted(run_dirs(base_dir), key=lambda path: path.stat().st_mtime)]
+    states = [
+        ShippingState.load(path) for path in sorted(run_dirs(base_dir / "runs"), key=lambda path: path.stat().st_mtime)
+    ]
     known = [state.experiment_id for state in states if state and state.uri == uri and state.experiment_id]
     root = f"http://{host}:{port}/#/experiments"
     return f"{root}/{known[-1]}/runs?workflowType=machine_learning&compareRunsMode=CHART" if known else root

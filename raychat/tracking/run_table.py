@@ -37,9 +37,8 @@ def default_base_dir() -> Path:
     return Path(os.environ.get("RAYCHAT_BASE_DIR") or "~/.cache/raychat").expanduser()
 
 
-def run_dirs(base_dir: Path) -> list[Path]:
-    """The run directories below `base_dir` in the order of their names."""
-    runs = base_dir / "runs"
+def run_dirs(runs: Path) -> list[Path]:
+    """The run directories in the folder `runs` in the order of their names."""
     found = (path for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else ()
     return sorted(path for path in found if any((path / name).exists() for name in ("config.json", "metrics.jsonl")))
 

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from raychat.atomic import sync_folder, write_json
+from raychat.atomic import crc32, sync_folder, write_json
 from raychat.errors import CheckpointError
 from raychat.model import GPT
 from raychat.optim import MuonAdamW
@@ -174,15 +173,6 @@ def set_aside_after(root: Path, step: int, name: str) -> list[int]:
 def estimated_bytes(num_params: int) -> int:
     """Size of a checkpoint in float32: weights and, for most of them, two moments."""
     return num_params * 12
-
-
-def crc32(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
 
 
 class _SliceReader:

@@ -84,11 +84,11 @@ def resolve(config: Config, *, local_world_size: int) -> Resolved:
     )
 
 
-def refuse_gpu_sized(config: Config, resolved: Resolved) -> None:
-    """Refuse a run that would take days on this CPU, with the hours, unless `--force` is given."""
+def refuse_gpu_sized(config: Config, resolved: Resolved, *, cores: int | None = None) -> None:
+    """Refuse a run that would take days on `cores` CPU cores (this machine's), with the hours, unless `--force`."""
     if resolved.device_type != "cpu" or config.run.force:
         return
-    cores = _cores()
+    cores = cores or _cores()
     hours = cpu_hours(recipe(config).flops, resolved.dtype, cores)
     if hours > MAX_CPU_HOURS:
         raise ConfigError(
