@@ -155,14 +155,25 @@ def _attempt(session: Session, job: Job, workers: int, use_gpu: bool) -> tuple[s
         datasets={"train": _no_dataset},
         dataset_config=RowsDataConfig(),
     )
-    error = "the workers ended without a word"
-    with _pump(inbox, session), _stop_on_signals(inbox, session.echo) as asked:
+    failure: list[BaseException] = []
+
+    def fit() -> None:
         try:
             trainer.fit()
-        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as failure:
-            error = (str(failure).strip().splitlines() or [""])[-1] or type(failure).__name__
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            failure.append(error)
+
+    # In a thread of its own: in the main one, Ray would take Ctrl-C for itself and end the run without a save.
+    thread = threading.Thread(target=fit, daemon=True, name="fit")
+    with _stop_on_signals(inbox, session.echo) as asked:
+        thread.start()
+        while thread.is_alive():
+            thread.join(PUMP_S)
+            _drain(inbox, session)
+        _drain(inbox, session)
     ray.kill(inbox)
-    return error, asked.is_set()
+    lines = str(failure[0]).strip().splitlines() if failure else []
+    return lines[-1] if lines else "the workers ended without a word", asked.is_set()
 
 
 def _no_dataset() -> ray.data.Dataset:
@@ -170,31 +181,14 @@ def _no_dataset() -> ray.data.Dataset:
     return ray.data.range(1)
 
 
-@contextlib.contextmanager
-def _pump(inbox: Any, session: Session) -> Iterator[None]:
-    """Bring events from the inbox to the session while the block runs, and what is left at its end."""
-    stop = threading.Event()
-
-    def drain() -> None:
-        try:
-            events = ray.get(inbox.take.remote(), timeout=INBOX_TIMEOUT_S)
-        except ray.exceptions.RayError:  # loaded, or gone together with the cluster, which `fit` will notice
-            return
-        for event in events:
-            session.receive(event)
-
-    def work() -> None:
-        while not stop.wait(PUMP_S):
-            drain()
-
-    thread = threading.Thread(target=work, daemon=True, name="pump")
-    thread.start()
+def _drain(inbox: Any, session: Session) -> None:
+    """Bring what workers have told from the inbox to the session."""
     try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        drain()
+        events = ray.get(inbox.take.remote(), timeout=INBOX_TIMEOUT_S)
+    except ray.exceptions.RayError:  # loaded, or gone together with the cluster, which `fit` will notice
+        return
+    for event in events:
+        session.receive(event)
 
 
 @contextlib.contextmanager
