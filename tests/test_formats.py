@@ -1,0 +1,68 @@
+"""What version 0.1 wrote stays readable: a run of three steps, kept under `fixtures/format-1` as it was written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from raychat.config import Config
+from raychat.data.batches import validation_rows
+from raychat.data.shards import RowReader, read_manifest, verify_shard
+from raychat.data.tokenizer import Tokenizer
+from raychat.evaluation.bpb import evaluate_bpb
+from raychat.model import GPT
+from raychat.optim import build_optimizer
+from raychat.tracking.journal import read_events, read_journal
+from raychat.tracking.summary import Summary
+from raychat.training import checkpoint
+from raychat.training.build import gpt_config
+from raychat.training.device import Resolved
+from raychat.training.loop import LoopState
+
+OLD = Path(__file__).parent / "fixtures" / "format-1"
+LOSSES = [5.597165107727051, 5.596438407897949, 5.596736907958984]
+VAL_BPB = 7.063119983421877
+
+
+@pytest.fixture
+def old(tmp_path):
+    """The checkpoint, verified."""
+    return checkpoint.verify(OLD / "checkpoint")
+
+
+def test_old_checkpoint_gives_the_model_that_was_saved(old):
+    """Evaluated on the rows of the time it has the bits per byte of the time, to float32 rounding on another CPU."""
+    config = Config.from_flat(old.meta["config"])
+    model = GPT(gpt_config(config))
+    optimizer = build_optimizer(model)
+    old.load(model, optimizer)
+    assert optimizer.step_count == 3
+    assert all(bool(tensor.any()) for key, (_, tensor) in optimizer.owned_state().items() if key.startswith("lm_head"))
+    tokens = read_manifest(OLD / "tokens")
+    rows = validation_rows(RowReader(tokens, "val"), eval_tokens=64, device_batch_size=2, rank=0, world_size=1)
+    token_bytes = torch.as_tensor(Tokenizer.load(OLD / "tokenizer").token_bytes)
+    batches = (torch.from_numpy(block.astype("int64")) for block in rows)
+    assert evaluate_bpb(model, batches, token_bytes, torch.device("cpu")) == pytest.approx(VAL_BPB, rel=1e-5)
+
+
+def test_old_state_is_understood(old):
+    state = LoopState(**old.meta["state"])
+    assert (state.step, state.rows_consumed, state.val_bpb) == (3, 12, VAL_BPB)
+    assert Resolved(**old.meta["resolved"]).dtype == "float32"
+
+
+def test_old_shards_and_tokenizer_belong_together():
+    tokens = read_manifest(OLD / "tokens")
+    for shard in tokens.shards:
+        verify_shard(OLD / "tokens", shard)
+    tokenizer = Tokenizer.load(OLD / "tokenizer")
+    assert tokens.spec.tokenizer_sha256 == tokenizer.sha256
+    first = RowReader(tokens, "train").rows(torch.arange(1).numpy())[0]
+    assert first[0] == tokenizer.bos_id
+
+
+def test_old_journal_and_summary_are_understood():
+    assert [r["train/loss"] for r in read_journal(OLD / "metrics.jsonl") if "train/loss" in r] == LOSSES
+    assert [event["event"] for event in read_events(OLD / "metrics.jsonl")][0] == "start"
+    summary = Summary.read(OLD / "summary.json")
+    assert (summary.status, summary.step, summary.val_bpb) == ("finished", 3, VAL_BPB)
