@@ -39,7 +39,7 @@ def test_old_checkpoint_gives_the_model_that_was_saved(old):
     assert optimizer.step_count == 3
     assert all(bool(tensor.any()) for key, (_, tensor) in optimizer.owned_state().items() if key.startswith("lm_head"))
     tokens = read_manifest(OLD / "tokens")
-    rows = validation_rows(RowReader(tokens, "val"), eval_tokens=64, device_batch_size=2, rank=0, world_size=1)
+    rows = validation_rows(RowReader(tokens, "val"), rows=4, device_batch_size=2, rank=0, world_size=1)
     token_bytes = torch.as_tensor(Tokenizer.load(OLD / "tokenizer").token_bytes)
     batches = (torch.from_numpy(block.astype("int64")) for block in rows)
     assert evaluate_bpb(model, batches, token_bytes, torch.device("cpu")) == pytest.approx(VAL_BPB, rel=1e-5)

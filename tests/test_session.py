@@ -194,6 +194,34 @@ def test_driver_that_lost_its_lease_writes_nothing_more(config):
     assert json.loads(lease.read_text())["holder"] == "another"
 
 
+def test_run_that_died_before_its_first_save_begins_again_in_its_branch(config):
+    def die():
+        if next(asked) == 3:
+            raise KeyboardInterrupt
+        return Signal.NONE
+
+    asked = iter(range(1, 99))
+    with pytest.raises(KeyboardInterrupt):
+        run_here(config(save_every=-1), die)
+    again = run_here(config(save_every=-1))
+    assert not [event for event in read_events(again.run_dir / "metrics.jsonl") if event["event"] == "branch"]
+    assert again.summary.replayed_steps == 2
+
+
+def test_other_settings_in_a_directory_without_a_checkpoint_are_another_branch(config):
+    def die():
+        if next(asked) == 3:
+            raise KeyboardInterrupt
+        return Signal.NONE
+
+    asked = iter(range(1, 99))
+    with pytest.raises(KeyboardInterrupt):
+        run_here(config(save_every=-1), die)
+    other = run_here(config(save_every=-1, seed=7))
+    assert [e["from_step"] for e in read_events(other.run_dir / "metrics.jsonl") if e["event"] == "branch"] == [0]
+    assert len(other.losses) == 4
+
+
 def test_wall_time_and_restarts_add_up_over_attempts(config):
     first = run_here(config(num_iterations=6), after(2, Signal.STOP))
     second = run_here(config(num_iterations=6))

@@ -238,7 +238,7 @@ def test_validation_uses_the_same_rows_for_any_world(config):
 
     def rows(world_size, batch):
         parts = [
-            list(validation_rows(reader, eval_tokens=256, device_batch_size=batch, rank=r, world_size=world_size))
+            list(validation_rows(reader, rows=8, device_batch_size=batch, rank=r, world_size=world_size))
             for r in range(world_size)
         ]
         return np.concatenate([block for part in parts for block in part])

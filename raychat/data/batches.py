@@ -35,10 +35,9 @@ def local_batches(
 
 
 def validation_rows(
-    reader: RowReader, *, eval_tokens: int, device_batch_size: int, rank: int, world_size: int
+    reader: RowReader, *, rows: int, device_batch_size: int, rank: int, world_size: int
 ) -> Iterator[np.ndarray]:
-    """This rank's part of the first eval_tokens/T validation rows in file order, in passes of (n, T+1)."""
-    rows = min(reader.num_rows, eval_tokens // (reader.row_len - 1))
+    """This rank's part of the first `rows` validation rows in file order, in passes of (n, T+1)."""
     lo, hi = rank_slice(rows, rank, world_size)
     for first in range(lo, hi, device_batch_size):
         yield reader.rows(np.arange(first, min(first + device_batch_size, hi), dtype=np.int64))

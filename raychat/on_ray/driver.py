@@ -27,6 +27,7 @@ from raychat.on_ray.inbox import open_inbox
 from raychat.on_ray.shards import make_on_ray
 from raychat.on_ray.stream import RowsDataConfig
 from raychat.on_ray.worker import train_worker
+from raychat.planning import recipe
 from raychat.tracking.mlflow_shipper import MLflowShipper
 from raychat.tracking.summary import Summary
 from raychat.tracking.tracking_uri import default_tracking_uri, store_error
@@ -222,7 +223,8 @@ def choose_workers(config: Config, cluster: clusters.Cluster) -> tuple[int, bool
     there = cluster.gpus if use_gpu else cluster.cpus
     wanted = config.cluster.num_workers
     if wanted == "auto":
-        return (max(1, there) if use_gpu else 1), use_gpu
+        sequences = recipe(config).total_batch_size // config.model.max_seq_len
+        return (max(1, min(there, sequences)) if use_gpu else 1), use_gpu
     fewest = wanted if config.cluster.min_workers == -1 else config.cluster.min_workers
     return max(fewest, min(wanted, there)), use_gpu
 

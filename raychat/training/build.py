@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from raychat.checks import require
 from raychat.config import Config
 from raychat.data.batches import Batch, validation_rows
 from raychat.data.order import lanes_for
 from raychat.data.shards import Manifest, RowReader, read_manifest
 from raychat.data.tokenizer import Tokenizer
-from raychat.errors import ConfigError, DataError
+from raychat.errors import DataError
 from raychat.model import GPT, GPTConfig, fp8
 from raychat.optim import MuonAdamW, build_optimizer
 from raychat.planning import Recipe, model_shape, param_counts, recipe
@@ -69,24 +70,21 @@ def train(
         torch.cuda.set_device(world.device_index)  # before the first collective, which nccl runs on the device
     resolved = _agree_on_machine(config, job, world, sink)
     torch.set_num_threads(resolved.threads)
-    device = _device(resolved, world)
     manifest = _manifest(job)
-    rows = run.total_batch_size // config.model.max_seq_len
-    if world.world_size > rows:
-        raise ConfigError(
-            f"--num-workers {world.world_size} is more than the {rows} sequences of a batch: use at most {rows}."
-        )
-
-    found = checkpoint.trusted(Path(job.checkpoint)) if job.checkpoint else None
-    model = build_model(config, resolved, device)
+    model = build_model(config, resolved, _device(resolved, world))
     optimizer = _build_optimizer(config, run, model)
     if config.precision.fp8:
         fp8.fp8_training(model, config.precision.fp8_recipe)
-    state = LoopState()
-    if found:
+
+    rows, world_size = run.total_batch_size // config.model.max_seq_len, world.world_size
+    require(
+        world_size <= rows, f"{world_size} ranks are more than the {rows} sequences of a batch: use at most {rows}."
+    )
+    state, lanes = LoopState(), lanes_for(rows)
+    if job.checkpoint:
+        found = checkpoint.trusted(Path(job.checkpoint))
         found.load(model, optimizer)
-        state = LoopState(**found.meta["state"])
-    lanes = found.meta["lanes"] if found else lanes_for(rows)
+        state, lanes = LoopState(**found.meta["state"]), found.meta["lanes"]
     plan = BatchPlan(
         tokens_dir=job.tokens_dir,
         seed=config.run.seed,
@@ -97,18 +95,6 @@ def train(
         rank=world.rank,
         world_size=world.world_size,
     )
-    reader = RowReader(manifest, "val")
-    val_rows = min(reader.num_rows, config.eval.eval_tokens // config.model.max_seq_len)
-    meta = {
-        "config": job.config,
-        "fingerprint": manifest.fingerprint,
-        "lanes": lanes,
-        "seed": config.run.seed,
-        "attempt": job.attempt,
-        "journal_offset": job.journal_offset,
-        "resolved": dataclasses.asdict(resolved),
-        "val_tokens": val_rows * config.model.max_seq_len,
-    }
     if world.rank == 0:
         sink(Note("resolved", dataclasses.asdict(resolved)))
         for line in describe(config, run, resolved, manifest, world, state):
@@ -121,30 +107,55 @@ def train(
         tokenizer=Tokenizer.load(Path(job.tokenizer_dir)),
         resolved=resolved,
         world=world,
-        surroundings=Surroundings(
-            batches=batches(plan),
-            validation=lambda: validation_rows(
-                reader,
-                eval_tokens=config.eval.eval_tokens,
-                device_batch_size=config.batch.device_batch_size,
-                rank=world.rank,
-                world_size=world.world_size,
-            ),
-            sink=sink,
-            poll=poll,
-            clock=Clock(
-                attempt_started=job.attempt_started,
-                before_s=job.wall_before_s,
-                price_per_hour=None if config.money.price_per_hour == -1 else config.money.price_per_hour,
-            ),
-            checkpoints=config.run_dir / "checkpoints",
-            lease=config.run_dir / "lease.json",
-            lease_holder=job.lease_holder,
-            meta=meta,
-        ),
+        surroundings=_surroundings(job, config, resolved, manifest, plan, batches(plan), sink, poll),
         state=state,
     )
     return trainer.fit()
+
+
+def _surroundings(
+    job: Job,
+    config: Config,
+    resolved: Resolved,
+    manifest: Manifest,
+    plan: BatchPlan,
+    batches: Iterator[Batch],
+    sink: Sink,
+    poll: Callable[[], Signal],
+) -> Surroundings:
+    """The seams of one rank, and what its checkpoints record besides weights, moments and the loop's state."""
+    reader, price = RowReader(manifest, "val"), config.money.price_per_hour
+    eval_rows = min(reader.num_rows, config.eval.eval_tokens // config.model.max_seq_len)
+    return Surroundings(
+        batches=batches,
+        validation=lambda: validation_rows(
+            reader,
+            rows=eval_rows,
+            device_batch_size=config.batch.device_batch_size,
+            rank=plan.rank,
+            world_size=plan.world_size,
+        ),
+        sink=sink,
+        poll=poll,
+        clock=Clock(
+            attempt_started=job.attempt_started,
+            before_s=job.wall_before_s,
+            price_per_hour=None if price == -1 else price,
+        ),
+        checkpoints=config.run_dir / "checkpoints",
+        lease=config.run_dir / "lease.json",
+        lease_holder=job.lease_holder,
+        meta={
+            "config": job.config,
+            "fingerprint": manifest.fingerprint,
+            "lanes": plan.lanes,
+            "seed": config.run.seed,
+            "attempt": job.attempt,
+            "journal_offset": job.journal_offset,
+            "resolved": dataclasses.asdict(resolved),
+            "val_tokens": eval_rows * config.model.max_seq_len,
+        },
+    )
 
 
 def gpt_config(config: Config) -> GPTConfig:

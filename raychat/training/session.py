@@ -17,7 +17,7 @@ from typing import Any, Literal
 from raychat.atomic import write_json
 from raychat.config import Config
 from raychat.data.prepare import TokenData, check_writable
-from raychat.errors import CheckpointError, ConfigError
+from raychat.errors import CheckpointError, ConfigError, RaychatError
 from raychat.planning import make_plan, model_shape, param_counts, recipe
 from raychat.progress import format_duration
 from raychat.tracking.figures import loss_curve
@@ -95,7 +95,7 @@ class Session:
             self.echo(f"checkpoints of steps {', '.join(map(str, later))} moved to {aside}/")
         logged = [record["step"] for record in read_journal(self.journal.path) if "train/loss" in record]
         replayed = max(0, max(logged, default=-1) + 1 - step)
-        if replayed and self._first_attempt and (rollback or self.changed or not self.start):
+        if replayed and self._first_attempt and (rollback or self.changed):
             self.journal.event("branch", from_step=step)  # what was logged from here on is of another training
             replayed = 0
         self._first_attempt = False
@@ -211,7 +211,7 @@ class Session:
 
     def _check_start(self) -> list[str]:
         if self.start is None:
-            return []
+            return [] if self._begun_alike() else ["what was begun here without a checkpoint"]
         run = self.config.run
         changed = check_changes(
             self.start.meta["config"],
@@ -234,6 +234,21 @@ class Session:
                 f"{self.recipe.num_iterations:,}: give a longer one, or go back with --resume-from-step."
             )
         return changed
+
+    def _begun_alike(self) -> bool:
+        """Whether a run that never saved was begun with these settings and data, so that it will come out the same."""
+        path = self.run_dir / "config.json"
+        if not path.exists():
+            return True
+        begun = json.loads(path.read_text())
+        fingerprints = {
+            "old_fingerprint": begun["data_fingerprint"],
+            "new_fingerprint": self.data.manifest.fingerprint,
+        }
+        try:
+            return not check_changes(begun["config"], self.config, **fingerprints, permitted=False)
+        except RaychatError:
+            return False
 
     def _write_config(self) -> None:
         flat = self.config.flat()
