@@ -29,6 +29,7 @@ from raychat.on_ray.stream import RowsDataConfig
 from raychat.on_ray.worker import train_worker
 from raychat.planning import recipe
 from raychat.tracking.mlflow_shipper import MLflowShipper
+from raychat.tracking.shipping_state import MLFLOW_STATUS
 from raychat.tracking.summary import Summary
 from raychat.tracking.tracking_uri import default_tracking_uri, store_error
 from raychat.training import device
@@ -294,39 +295,31 @@ def _tracking_uri(config: Config) -> str | None:
 def _shipper(session: Session, uri: str | None, cluster: clusters.Cluster) -> MLflowShipper | None:
     if uri is None:
         return None
-    config, manifest = session.config, session.data.manifest
+    config = session.config
     workers, use_gpu = choose_workers(config, cluster)
     return MLflowShipper(
         session.run_dir,
         tracking_uri=uri,
         experiment=config.run.experiment,
-        run_name=config.run.run or config.model_tag,
-        params=config.flat() | dataclasses.asdict(session.recipe),
+        **session.tracking_facts(),
         tags={
             "raychat.git_commit": _git_commit(),
             "raychat.run_dir": str(session.run_dir),
             "raychat.world_size": workers,
             "raychat.device": ", ".join(cluster.accelerators) or "gpu" if use_gpu else "cpu",
         },
-        dataset={
-            "name": session.data.corpus.name,
-            "source": config.data.corpus or session.data.corpus.name,
-            "digest": manifest.fingerprint,
-        },
         echo=session.echo,
     )
 
 
 def _finish_tracking(session: Session, shipper: MLflowShipper, summary: Summary) -> None:
-    names = ("config.json", "plan.json", "summary.json", "loss_curve.png")
-    artifacts = [path for name in names if (path := session.run_dir / name).exists()]
+    artifacts = session.artifacts()
     grace_s = FINISH_S
     if session.config.run.upload_checkpoint and summary.checkpoint:
         session.echo(f"uploading {summary.checkpoint} to MLflow")
         artifacts.append(Path(summary.checkpoint))
         grace_s = UPLOAD_S
-    ended: dict[str, Literal["FINISHED", "KILLED"]] = {"finished": "FINISHED", "stopped": "KILLED"}
-    shipper.finish(ended.get(summary.status, "FAILED"), artifacts, grace_s)
+    shipper.finish(MLFLOW_STATUS[summary.status], artifacts, grace_s)
 
 
 def _check_cluster(config: Config, cluster: clusters.Cluster, echo: Echo) -> None:

@@ -12,12 +12,18 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from raychat.atomic import write_text
 from raychat.errors import DataError
 
 FILE_NAME = "mlflow.json"
+# How a run of ours ended, in MLflow's words.
+MLFLOW_STATUS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
+    "finished": "FINISHED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

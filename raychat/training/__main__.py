@@ -3,10 +3,13 @@
 Rank 0 prepares the data and keeps the run directory. The record is the journal; `jobs/runs.py --sync` sends it to MLflow.
 """
 
+import contextlib
+import dataclasses
 import datetime
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -21,7 +24,7 @@ from raychat.data.prepare import make_in_process, prepare
 from raychat.data.shards import RowReader, read_manifest
 from raychat.errors import DataError, RaychatError
 from raychat.planning import format_plan, make_plan
-from raychat.tracking.shipping_state import ShippingState
+from raychat.tracking.shipping_state import MLFLOW_STATUS, End, ShippingState
 from raychat.tracking.tracking_uri import default_tracking_uri, public_uri, store_error
 from raychat.training import device
 from raychat.training.build import BatchPlan, train
@@ -91,12 +94,14 @@ def _run(config: Config, world: World, *, with_gpus: bool) -> int:
     status: Literal["finished", "failed", "stopped"] = "failed"
     try:
         sink = session.receive if session else _ignore
-        finished = train(job, world=world, batches=read_here, sink=sink, poll=_stop_on_signals())
+        with _stop_on_signals() as poll:
+            finished = train(job, world=world, batches=read_here, sink=sink, poll=poll)
         status = "finished" if finished else "stopped"
     finally:
         if session:
             for line in session.closing_lines(session.close(status)):
                 _echo(line)
+            _leave_end_for_mlflow(session, status)
     return 0
 
 
@@ -114,7 +119,16 @@ def _leave_for_mlflow(session: Session) -> None:
         ShippingState(uri=public_uri(uri), experiment=config.run.experiment, **facts).save(session.run_dir)
 
 
-def _stop_on_signals() -> Callable[[], Signal]:
+def _leave_end_for_mlflow(session: Session, status: str) -> None:
+    """Write down how the run ended, for `jobs/runs.py --sync`."""
+    if state := ShippingState.load(session.run_dir):
+        artifacts = [str(path) for path in session.artifacts()]
+        end = End(status=MLFLOW_STATUS[status], time_ms=round(time.time() * 1000), artifacts=artifacts)
+        dataclasses.replace(state, end=end).save(session.run_dir)
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], Signal]]:
     """A poll that asks to save and stop after SIGTERM or Ctrl-C. A second Ctrl-C ends at once."""
     asked = []
 
@@ -122,9 +136,12 @@ def _stop_on_signals() -> Callable[[], Signal]:
         asked.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, remember)
-    return lambda: Signal.STOP if asked else Signal.NONE
+    old = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: Signal.STOP if asked else Signal.NONE
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _echo(text: str) -> None:

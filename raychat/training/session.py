@@ -168,6 +168,11 @@ class Session:
             self.lease.release()
         return summary
 
+    def artifacts(self) -> list[Path]:
+        """Small files that say what the run was and how it went."""
+        names = ("config.json", "plan.json", "summary.json", "loss_curve.png")
+        return [path for name in names if (path := self.run_dir / name).exists()]
+
     def closing_lines(self, summary: Summary) -> list[str]:
         """How the run ended, for the console."""
         bpb = [r["val/bpb"] for r in read_journal(self.journal.path) if r.get("val/bpb") is not None]
