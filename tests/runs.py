@@ -69,3 +69,15 @@ def after(steps: int, signal: Signal) -> Callable[[], Signal]:
     """A poll that gives `signal` at the `steps`-th question, which is in that step, and nothing otherwise."""
     asked = iter(range(1, 1_000_000))
     return lambda: signal if next(asked) == steps else Signal.NONE
+
+
+def dying_at(step: int) -> Callable[[], Signal]:
+    """A poll that ends the process's run at the `step`-th question, as a kill would: nothing is saved."""
+    asked = iter(range(1, 1_000_000))
+
+    def poll() -> Signal:
+        if next(asked) == step:
+            raise KeyboardInterrupt
+        return Signal.NONE
+
+    return poll

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from runs import after, open_session, run_here
+from runs import after, dying_at, open_session, run_here
 
 from raychat.config import Config
 from raychat.errors import CheckpointError
@@ -195,28 +195,16 @@ def test_driver_that_lost_its_lease_writes_nothing_more(config):
 
 
 def test_run_that_died_before_its_first_save_begins_again_in_its_branch(config):
-    def die():
-        if next(asked) == 3:
-            raise KeyboardInterrupt
-        return Signal.NONE
-
-    asked = iter(range(1, 99))
     with pytest.raises(KeyboardInterrupt):
-        run_here(config(save_every=-1), die)
+        run_here(config(save_every=-1), dying_at(3))
     again = run_here(config(save_every=-1))
     assert not [event for event in read_events(again.run_dir / "metrics.jsonl") if event["event"] == "branch"]
     assert again.summary.replayed_steps == 2
 
 
 def test_other_settings_in_a_directory_without_a_checkpoint_are_another_branch(config):
-    def die():
-        if next(asked) == 3:
-            raise KeyboardInterrupt
-        return Signal.NONE
-
-    asked = iter(range(1, 99))
     with pytest.raises(KeyboardInterrupt):
-        run_here(config(save_every=-1), die)
+        run_here(config(save_every=-1), dying_at(3))
     other = run_here(config(save_every=-1, seed=7))
     assert [e["from_step"] for e in read_events(other.run_dir / "metrics.jsonl") if e["event"] == "branch"] == [0]
     assert len(other.losses) == 4

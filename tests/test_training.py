@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from runs import after, open_session, run_here
+from runs import after, dying_at, open_session, run_here
 from safetensors.torch import load_file
 
 from raychat.config import Config
@@ -78,14 +78,8 @@ def test_stopped_run_ends_where_the_undisturbed_one_ends(whole, config, stop_at)
 
 
 def test_killed_run_replays_from_its_last_checkpoint_without_a_sawtooth(whole, config):
-    def die():
-        if next(asked) == 5:
-            raise KeyboardInterrupt
-        return Signal.NONE
-
-    asked = iter(range(1, 100))
     with pytest.raises(KeyboardInterrupt):
-        run_here(config(save_every=2), die)
+        run_here(config(save_every=2), dying_at(5))
     second = run_here(config(save_every=2))
     assert second.losses == whole.losses
     assert second.summary.restarts == 1
