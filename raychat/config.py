@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 from raychat.checks import check_batch, did_you_mean, not_negative, positive, positive_or_minus_one, require
 from raychat.errors import ConfigError
+from raychat.uris import public_uri
 
 DEFAULT_WARMUP_STEPS = 40
+OBJECT_STORES = ("s3", "gs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class RunSettings:
     base_dir: str = ""
     """where everything is kept; default: RAYCHAT_BASE_DIR, else ~/.cache/raychat"""
     storage_path: str = ""
-    """folder that holds the runs, on a file system that all nodes share; default: <base-dir>/runs"""
+    """where the runs are kept: a folder that all nodes share, or s3:// or gs://; default: <base-dir>/runs"""
     seed: int = 42
     """seed of the initial weights and of the data order"""
     log_every: int = 1
@@ -47,6 +49,8 @@ class RunSettings:
     """MLflow tracking server or store; default: MLFLOW_TRACKING_URI, else sqlite under the base directory"""
     experiment: str = "raychat"
     """MLflow experiment"""
+    on_event: str = ""
+    """command that the shell runs when the run has stopped, failed or finished; RAYCHAT_EVENT says which"""
     upload_checkpoint: bool = False
     """log the last checkpoint to MLflow as an artifact"""
     dry_run: bool = False
@@ -65,12 +69,17 @@ class RunSettings:
                 re.fullmatch(r"[\w.@+-]*", value) is not None and value not in (".", ".."),
                 f"--{flag} {value!r} names a folder: use letters, digits, '.', '_' and '-', for example d12-test.",
             )
-        for flag, value in (("base-dir", self.base_dir), ("storage-path", self.storage_path)):
-            require(
-                "://" not in value,
-                f"--{flag} {value!r} is no folder of a file system: mount the object store and give the folder where it "
-                "is mounted, or give a shared folder.",
-            )
+        require(
+            "://" not in self.base_dir,
+            f"--base-dir {self.base_dir!r} is no folder of a file system: give a folder that all nodes share, and the "
+            "object store as --storage-path.",
+        )
+        scheme = self.storage_path.partition("://")[0] if "://" in self.storage_path else "s3"
+        require(
+            scheme in OBJECT_STORES,
+            f"--storage-path {scheme}://... is of a kind that raychat cannot keep runs in: give a folder, or a URI that "
+            f"begins with {' or '.join(f'{name}://' for name in OBJECT_STORES)}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +219,9 @@ class OptimSettings:
     """rates at the last step as a share of the full ones"""
     grad_clip: float = 0.0
     """largest global norm of the gradient; 0: off"""
+    on_bad_step: Literal["rollback", "skip", "stop"] = "rollback"
+    """when the loss or the gradient is no number: go back to the newest checkpoint and leave the batch out (three times
+    at most), leave out this update alone, or stop"""
     muon_momentum_start: float = 0.85
     """Muon momentum at the first step"""
     muon_momentum: float = 0.97
@@ -266,6 +278,8 @@ class SaveSettings:
     """steps between checkpoints; auto: by time, from the measured cost of a save; -1: only at the end"""
     keep_checkpoints: int = 2
     """newest checkpoints to keep; the best one by val_bpb stays besides"""
+    save_mode: Literal["async", "sync"] = "async"
+    """async: training goes on while a checkpoint is written; the last one, and one before a node goes, are always sync"""
 
     def __post_init__(self) -> None:
         if self.save_every != "auto":
@@ -311,7 +325,11 @@ class ClusterSettings:
     min_workers: int = -1
     """fewest workers to begin or go on with when num_workers cannot be had; -1: num_workers"""
     max_failures: int = 3
-    """restarts after a failure before the run is given up"""
+    """crashes at one step, or without a new checkpoint, before the run is given up"""
+    max_preemptions: int = -1
+    """times that machines may be taken away before the run is given up; -1: no limit"""
+    max_wait: float = -1.0
+    """hours to wait for machines before the run is given up; -1: no limit"""
 
     def __post_init__(self) -> None:
         if self.num_workers != "auto":
@@ -320,14 +338,18 @@ class ClusterSettings:
                 self.min_workers <= self.num_workers,
                 f"--min-workers {self.min_workers} is above --num-workers {self.num_workers}.",
             )
-        positive_or_minus_one(self, "min_workers")
+        positive_or_minus_one(self, "min_workers", "max_wait")
         not_negative(self, "max_failures")
+        require(
+            self.max_preemptions >= -1,
+            f"--max-preemptions must be 0 or more, or -1 for no limit, got {self.max_preemptions}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoneySettings:
     price_per_hour: float = -1.0
-    """dollars per hour of all machines of the run together; -1: not known, and cost stays null"""
+    """dollars per hour of one machine of the run; -1: not known, and cost stays null"""
     budget_usd: float = -1.0
     """save and stop when the run has cost this much (needs price_per_hour); -1: no limit"""
     max_hours: float = -1.0
@@ -337,7 +359,7 @@ class MoneySettings:
         positive_or_minus_one(self, "price_per_hour", "budget_usd", "max_hours")
         require(
             self.budget_usd == -1 or self.price_per_hour > 0,
-            "--budget-usd needs a price: give --price-per-hour, in dollars for all machines of the run together.",
+            "--budget-usd needs a price: give --price-per-hour, in dollars for one machine.",
         )
 
 
@@ -407,14 +429,29 @@ class Config:
 
     @property
     def runs_dir(self) -> Path:
-        """Absolute folder of the run directories."""
+        """Absolute folder of the run directories on this machine: copies, when the runs are kept in an object store."""
         chosen = self.run.storage_path
+        if "://" in chosen:
+            return self.base_dir / "copies" / re.sub(r"[^\w.-]+", "-", public_uri(chosen)).strip("-")
         return Path(chosen).expanduser().absolute() if chosen else self.base_dir / "runs"
 
     @property
     def run_dir(self) -> Path:
-        """Absolute run directory."""
+        """Absolute run directory on this machine."""
         return self.runs_dir / self.model_tag
+
+    @property
+    def run_uri(self) -> str:
+        """Where the run is kept: the run directory, or its URI in an object store, with credentials if it has some."""
+        chosen = self.run.storage_path
+        if "://" not in chosen:
+            return str(self.run_dir)
+        path, mark, query = chosen.partition("?")  # options of the store, such as its endpoint
+        return f"{path.rstrip('/')}/{self.model_tag}{mark}{query}"
+
+    def public(self) -> dict[str, Any]:
+        """`flat()` without the credentials that URIs may hold: what may be written down."""
+        return {key: public_uri(value) if isinstance(value, str) else value for key, value in self.flat().items()}
 
 
 def _typed(leaf: "dataclasses.Field[Any]", value: Any) -> Any:

@@ -90,8 +90,9 @@ FLAGS = [
     ("--model-tag ../d12", "--model-tag '../d12'", "for example d12-test"),
     ("--model-tag ..", "--model-tag '..'", "for example d12-test"),
     ("--run my/run", "--run 'my/run'", "for example d12-test"),
-    ("--storage-path s3://bucket/runs", "--storage-path 's3://bucket/runs'", "mount the object store"),
-    ("--base-dir gs://bucket", "--base-dir 'gs://bucket'", "mount the object store"),
+    ("--storage-path hdfs://host/runs", "--storage-path hdfs://", "begins with s3://"),
+    ("--base-dir gs://bucket", "--base-dir 'gs://bucket'", "as --storage-path"),
+    ("--max-preemptions -2", "--max-preemptions", "-1 for no limit"),
 ]
 
 PRESETS = [

@@ -81,6 +81,11 @@ FLAGS = {
     "num_workers": "auto",
     "min_workers": -1,
     "max_failures": 3,
+    "max_preemptions": -1,
+    "max_wait": -1.0,
+    "on_event": "",
+    "save_mode": "async",
+    "on_bad_step": "rollback",
     "price_per_hour": -1.0,
     "budget_usd": -1.0,
     "max_hours": -1.0,
@@ -127,7 +132,7 @@ LINEAGE_NAMES = (
 MINUS_ONE = (
     "resume_from_step num_kv_heads num_iterations target_flops target_param_data_ratio total_batch_size adam_beta1 "
     "adam_beta2 warmup_steps warmup_ratio muon_momentum_final eval_every core_metric_every core_metric_max_per_task "
-    "sample_every save_every num_data_shards min_workers price_per_hour budget_usd max_hours"
+    "sample_every save_every num_data_shards min_workers price_per_hour budget_usd max_hours max_preemptions max_wait"
 )
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from raychat.errors import RaychatError
 from raychat.tracking.journal import RESERVED, is_metrics, records_from
 from raychat.tracking.shipping_state import End, ShippingState, StateFile
-from raychat.tracking.tracking_uri import public_uri, sqlite_path, store_error
+from raychat.tracking.tracking_uri import sqlite_path, store_error
+from raychat.uris import public_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -17,8 +17,8 @@ from raychat.errors import DataError
 from raychat.tracking.mlflow_delivery import HEARTBEAT_TAG, JOURNAL_NAME, Delivery, failures_of, open_client
 from raychat.tracking.shipping_state import End, ShippingState, StateFile
 from raychat.tracking.tracking_uri import default_tracking_uri as default_tracking_uri  # part of this file's interface
-from raychat.tracking.tracking_uri import public_uri
 from raychat.tracking.tracking_uri import store_error as store_error
+from raychat.uris import public_uri
 
 PERIOD_S = 2.0
 MAX_BACKOFF_S = 60.0

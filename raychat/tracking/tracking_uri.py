@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from raychat.errors import ConfigError
+from raychat.uris import public_uri
 
 SQLITE = "sqlite:///"
 
@@ -29,9 +29,3 @@ def store_error(uri: str) -> ConfigError | None:
 def sqlite_path(uri: str) -> Path | None:
     """The file of a SQLite store; None for any other store."""
     return Path(uri.removeprefix(SQLITE)).resolve() if uri.startswith(SQLITE) else None
-
-
-def public_uri(uri: str) -> str:
-    """`uri` without its password, fit for files and log lines."""
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", "@", 1) if password else uri

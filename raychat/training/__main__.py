@@ -25,13 +25,14 @@ from raychat.data.shards import RowReader, read_manifest
 from raychat.errors import DataError, RaychatError
 from raychat.planning import format_plan, make_plan
 from raychat.tracking.shipping_state import MLFLOW_STATUS, End, ShippingState
-from raychat.tracking.tracking_uri import default_tracking_uri, public_uri, store_error
+from raychat.tracking.tracking_uri import default_tracking_uri, store_error
 from raychat.training import device
 from raychat.training.build import BatchPlan, train
 from raychat.training.events import Event
 from raychat.training.loop import Signal
 from raychat.training.session import Session
 from raychat.training.world import World
+from raychat.uris import public_uri
 
 PREPARE_TIMEOUT = datetime.timedelta(hours=12)  # ranks wait while rank 0 tokenizes a corpus
 
