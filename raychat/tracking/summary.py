@@ -41,9 +41,9 @@ class Summary:
     restarts: int | None = None
     """times that the worker group or the driver was started again"""
     preemptions: int | None = None
-    """of these, those announced by the cloud"""
+    """of these, those because a machine was taken away with notice"""
     replayed_steps: int | None = None
-    """steps that were run again after a restart"""
+    """steps that were run again after a restart or a rollback"""
     tok_per_sec: float | None = None
     """tokens per second, all devices"""
     mfu: float | None = None
@@ -53,10 +53,30 @@ class Summary:
     flops: float | None = None
     """floating-point operations of the surviving steps"""
     cost_usd: float | None = None
-    """null without a price"""
+    """machines held, times their time, times the price; null without a price"""
     mlflow_run_id: str | None = None
     checkpoint: str | None = None
     """path or URI of the last checkpoint"""
+    productive_s: float | None = None
+    """of wall_time_s: steps that survived"""
+    replayed_s: float | None = None
+    """of wall_time_s: steps that were lost"""
+    startup_s: float | None = None
+    """of wall_time_s: from the begin of each attempt to its first step"""
+    checkpoint_stall_s: float | None = None
+    """of wall_time_s: training stood still for a save"""
+    evaluation_s: float | None = None
+    """of wall_time_s: evaluation"""
+    waiting_s: float | None = None
+    """of wall_time_s: waiting for machines"""
+    other_s: float | None = None
+    """of wall_time_s: the rest"""
+    failed_saves: int | None = None
+    """saves that failed and did not stop training"""
+    rollbacks: int | None = None
+    """times that training went back because the loss or the gradient was no number"""
+    skipped_batches: int | None = None
+    """global batches that were left out because of that"""
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
