@@ -1,16 +1,17 @@
 """Runs a training in this process, as `python -m raychat.training` does, with the seams open to a test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raychat.config import Config
+from raychat.data.batches import Batch
 from raychat.data.prepare import make_in_process, prepare
 from raychat.tracking.journal import read_journal
 from raychat.tracking.summary import Summary
 from raychat.training.__main__ import read_here
-from raychat.training.build import train
+from raychat.training.build import BatchPlan, train
 from raychat.training.events import Event, Line
 from raychat.training.loop import Signal
 from raychat.training.session import Session
@@ -55,29 +56,53 @@ def run_here(config: Config, poll: Callable[[], Signal] = lambda: Signal.NONE) -
         ran.events.append(event)
         session.receive(event)
 
+    def batches(plan: BatchPlan) -> Iterator[Batch]:
+        for batch in read_here(plan):
+            if isinstance(poll, InStep):
+                poll.step_begins()
+            yield batch
+
     status = "failed"
     try:
         job = session.begin_attempt(world_size=1)
-        status = "finished" if train(job, world=World(), batches=read_here, sink=sink, poll=poll) else "stopped"
+        status = "finished" if train(job, world=World(), batches=batches, sink=sink, poll=poll) else "stopped"
     finally:
         ran.summary = session.close(status)
         ran.records = read_journal(ran.run_dir / "metrics.jsonl")
     return ran
 
 
-def after(steps: int, signal: Signal) -> Callable[[], Signal]:
-    """A poll that gives `signal` at the `steps`-th question, which is in that step, and nothing otherwise."""
-    asked = iter(range(1, 1_000_000))
-    return lambda: signal if next(asked) == steps else Signal.NONE
+@dataclass
+class InStep:
+    """A poll for `run_here` that does `act` once, when it is asked within the `steps`-th step, and else asks nothing.
+
+    Questions outside of steps, such as those of an evaluation, are not counted.
+    """
+
+    steps: int
+    act: Callable[[], Signal]
+    begun: int = 0
+    inside: bool = False
+
+    def step_begins(self) -> None:
+        """The batch of the next step is handed out."""
+        self.begun += 1
+        self.inside = True
+
+    def __call__(self) -> Signal:
+        inside, self.inside = self.inside, False
+        return self.act() if inside and self.begun == self.steps else Signal.NONE
 
 
-def dying_at(step: int) -> Callable[[], Signal]:
-    """A poll that ends the process's run at the `step`-th question, as a kill would: nothing is saved."""
-    asked = iter(range(1, 1_000_000))
+def after(steps: int, signal: Signal) -> InStep:
+    """A poll that gives `signal` in the `steps`-th step, and nothing otherwise."""
+    return InStep(steps, lambda: signal)
 
-    def poll() -> Signal:
-        if next(asked) == step:
-            raise KeyboardInterrupt
-        return Signal.NONE
 
-    return poll
+def dying_at(step: int) -> InStep:
+    """A poll that ends the process's run in the `step`-th step, as a kill would: nothing is saved."""
+
+    def die() -> Signal:
+        raise KeyboardInterrupt
+
+    return InStep(step, die)

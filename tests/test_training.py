@@ -1,6 +1,7 @@
 """Laws of the training loop: what is interrupted goes on as if nothing had happened, and ranks see the same rows."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -28,6 +29,7 @@ from raychat.training.events import Line, Metrics, Note
 from raychat.training.loop import DivergedError, Signal
 from raychat.training.save_clock import MAX_INTERVAL_S, SaveClock, save_interval_s
 from raychat.training.scaler import GROWTH_STEPS, LossScaler
+from raychat.training.state import Clock
 from raychat.training.world import World
 
 
@@ -79,8 +81,8 @@ def test_stopped_run_ends_where_the_undisturbed_one_ends(whole, config, stop_at)
 
 def test_killed_run_replays_from_its_last_checkpoint_without_a_sawtooth(whole, config):
     with pytest.raises(KeyboardInterrupt):
-        run_here(config(save_every=2), dying_at(5))
-    second = run_here(config(save_every=2))
+        run_here(config(save_every=2, save_mode="sync"), dying_at(5))
+    second = run_here(config(save_every=2, save_mode="sync"))
     assert second.losses == whole.losses
     assert second.summary.restarts == 1
     steps = [event["step"] for event in read_events(second.run_dir / "metrics.jsonl") if event["event"] == "checkpoint"]
@@ -192,11 +194,15 @@ def test_failed_periodic_save_warns_and_training_goes_on(whole, config, monkeypa
     assert any("No space left" in line and line.startswith("warning") for line in ran.lines)
 
 
-def test_limits_of_time_and_money_save_and_stop(config):
-    ran = run_here(config(price_per_hour=3600.0, budget_usd=1e-6))
-    assert (ran.summary.status, ran.summary.step) == ("stopped", 1)
+def test_limits_of_time_and_money_save_and_stop(config, monkeypatch):
+    seconds = itertools.count(1)  # each look at the clock is a second later
+    with monkeypatch.context() as patch:
+        patch.setattr(Clock, "_attempt_s", lambda clock: next(seconds))
+        ran = run_here(config(price_per_hour=3600.0, budget_usd=4.5, eval_every=-1))
+    assert (ran.summary.status, ran.summary.step) == ("stopped", 2)
     assert ran.summary.cost_usd > 0
-    assert ran.metric("cost/usd")[0] > 0
+    first, last = ran.metric("cost/usd")
+    assert first < 4.5 <= last
     ran = run_here(config(max_hours=1e-9, model_tag="other"))
     assert ran.summary.status == "stopped"
     assert ran.summary.cost_usd is None
@@ -222,7 +228,7 @@ def test_metrics_of_a_step_have_the_contracts_names(whole):
     values = next(event.values for event in whole.events if isinstance(event, Metrics) and "train/loss" in event.values)
     assert set(values) == {
         "train/loss", "train/lrm", "train/dt", "train/tok_per_sec", "train/grad_norm", "time/total_training", "flops/total",
-        "goodput",
+        "time/productive", "goodput",
     }  # fmt: skip
 
 

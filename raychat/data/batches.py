@@ -1,6 +1,6 @@
 """Batches of one rank, read straight from the token shards: what a plain process and torchrun train on."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,30 @@ def local_batches(
         epoch = order.epoch(cursor)
         cursor += rows_per_batch
         yield Batch(reader.rows(ids), cursor, epoch)
+
+
+def left_out(skipped: Collection[int], *, cursor: int, rows_per_batch: int) -> int:
+    """How many of the global batches from `cursor` on are left out because a cursor in `skipped` lies in them."""
+    return len({(row - cursor) // rows_per_batch for row in skipped if row >= cursor})
+
+
+def leave_out(
+    batches: Iterator[Batch], skipped: Collection[int], *, rows_per_batch: int
+) -> Generator[Batch, None, None]:
+    """`batches` without those that a cursor in `skipped` lies in; closes them when it is closed itself."""
+    try:
+        for batch in batches:
+            first = batch.rows_consumed - rows_per_batch
+            if not any(first <= row < batch.rows_consumed for row in skipped):
+                yield batch
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
+
+
+def validation_passes(rows: int, *, device_batch_size: int, world_size: int) -> int:
+    """How many passes `validation_rows` gives the rank that has the most of them."""
+    return -(-rows // (world_size * device_batch_size))
 
 
 def validation_rows(

@@ -17,7 +17,49 @@ def bits_per_byte(nats_sum: float, bytes_sum: float) -> float:
     return nats_sum / (math.log(2) * bytes_sum) if bytes_sum else math.inf
 
 
-@torch.no_grad()
+class BitsPerByte:
+    """Bits per byte of `model`, batch by batch: a caller may do other things in between, or give up.
+
+    Only targets that stand for bytes count: `token_bytes` is 0 for special tokens, and a target of -1 is in neither
+    sum. fp8 layers compute in high precision.
+    """
+
+    def __init__(self, model: nn.Module, token_bytes: Int[Tensor, "vocab"], device: torch.device | str) -> None:
+        self.model, self.device = model, device
+        self._token_bytes = token_bytes.to(device)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, bytes
+
+    @torch.no_grad()
+    def add(self, batch: Int[Tensor, "n T1"]) -> None:
+        """Take in a batch (n, T+1) of token ids: T inputs and the T ids that follow them."""
+        ids = batch.to(self.device).long()
+        targets = ids[:, 1:]
+        counts = self._token_bytes[targets.clamp_min(0)] * (targets >= 0)
+        with high_precision(self.model):
+            nats = self.model(ids[:, :-1].clamp_min(0), targets, reduction="none")
+        self._sums += torch.stack((nats.double()[counts > 0].sum(), counts.sum().double()))
+
+    def total(self, all_reduce: Callable[[Tensor], object] | None = None) -> float:
+        """The value over all batches of all ranks, the same on each; the last call.
+
+        Every rank brings its own batches, of any number; the sums are added over ranks by `all_reduce` (default: SUM
+        over the process group where there is one).
+
+        Raises:
+            DataError: there was no text in them.
+        """
+        if all_reduce is not None:
+            all_reduce(self._sums)
+        elif dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self._sums)
+        nats_sum, bytes_sum = self._sums.tolist()
+        if bytes_sum == 0:
+            raise DataError(
+                "Bits per byte over no bytes: the validation rows hold no text. Use a larger validation split."
+            )
+        return bits_per_byte(nats_sum, bytes_sum)
+
+
 def evaluate_bpb(
     model: nn.Module,
     rows: Iterable[Int[Tensor, "n T1"]],
@@ -25,26 +67,8 @@ def evaluate_bpb(
     device: torch.device | str,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> float:
-    """Bits per byte of `model` over `rows`, batches (n, T+1) of token ids: T inputs and the T ids that follow them.
-
-    Only targets that stand for bytes count: `token_bytes` is 0 for special tokens, and a target of -1 is in neither
-    sum. Each rank brings its own rows, of any number; the sums are added over ranks by `all_reduce` (default: SUM over
-    the process group where there is one). All ranks get the same value. fp8 layers compute in high precision.
-    """
-    token_bytes = token_bytes.to(device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, bytes
-    with high_precision(model):
-        for batch in rows:
-            ids = batch.to(device).long()
-            targets = ids[:, 1:]
-            counts = token_bytes[targets.clamp_min(0)] * (targets >= 0)
-            nats = model(ids[:, :-1].clamp_min(0), targets, reduction="none")
-            sums += torch.stack((nats.double()[counts > 0].sum(), counts.sum().double()))
-    if all_reduce is not None:
-        all_reduce(sums)
-    elif dist.is_available() and dist.is_initialized():
-        dist.all_reduce(sums)
-    nats_sum, bytes_sum = sums.tolist()
-    if bytes_sum == 0:
-        raise DataError("Bits per byte over no bytes: the validation rows hold no text. Use a larger validation split.")
-    return bits_per_byte(nats_sum, bytes_sum)
+    """Bits per byte of `model` over `rows`, batches (n, T+1) of token ids, as `BitsPerByte` has it."""
+    meter = BitsPerByte(model, token_bytes, device)
+    for batch in rows:
+        meter.add(batch)
+    return meter.total(all_reduce)

@@ -10,7 +10,7 @@ import torch
 
 from raychat.checks import require
 from raychat.config import Config
-from raychat.data.batches import Batch, validation_rows
+from raychat.data.batches import Batch, leave_out, left_out, validation_passes, validation_rows
 from raychat.data.order import lanes_for
 from raychat.data.shards import Manifest, RowReader, read_manifest
 from raychat.data.tokenizer import Tokenizer
@@ -18,16 +18,23 @@ from raychat.errors import DataError
 from raychat.model import GPT, GPTConfig, fp8
 from raychat.optim import MuonAdamW, build_optimizer
 from raychat.planning import Recipe, model_shape, param_counts, recipe
+from raychat.storage import Store
 from raychat.training import checkpoint
 from raychat.training.device import Resolved, device_type, resolve
 from raychat.training.events import Line, Note, Sink
-from raychat.training.loop import Clock, LoopState, Signal, Surroundings, Trainer
+from raychat.training.lease import taken_over
+from raychat.training.loop import Trainer
+from raychat.training.state import Clock, LoopState, Signal, Surroundings
 from raychat.training.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the driver hands to every rank: plain values that cross process and machine borders."""
+    """What the driver hands to every rank: plain values that cross process and machine borders.
+
+    `checkpoint` is the path or URI of the verified one to go on from. `wall_before_s` and `cost_before_usd` are those of
+    earlier attempts; this one holds `nodes` machines.
+    """
 
     config: dict[str, Any]
     tokens_dir: str
@@ -38,6 +45,8 @@ class Job:
     wall_before_s: float
     lease_holder: str
     journal_offset: int
+    nodes: int = 1
+    cost_before_usd: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +93,22 @@ def train(
     if job.checkpoint:
         found = checkpoint.trusted(Path(job.checkpoint))
         found.load(model, optimizer)
-        state, lanes = LoopState(**found.meta["state"]), found.meta["lanes"]
-    plan = BatchPlan(
-        tokens_dir=job.tokens_dir,
-        seed=config.run.seed,
-        lanes=lanes,
-        cursor=state.rows_consumed,
-        num_batches=run.num_iterations - state.step,
-        rows_per_batch=rows,
-        rank=world.rank,
-        world_size=world.world_size,
-    )
+        state, lanes = LoopState.restore(found.meta["state"]), found.meta["lanes"]
+
+    def open_batches(state: LoopState) -> Iterator[Batch]:
+        cursor, skipped = state.rows_consumed, state.skipped
+        plan = BatchPlan(
+            tokens_dir=job.tokens_dir,
+            seed=config.run.seed,
+            lanes=lanes,
+            cursor=cursor,
+            num_batches=run.num_iterations - state.step + left_out(skipped, cursor=cursor, rows_per_batch=rows),
+            rows_per_batch=rows,
+            rank=world.rank,
+            world_size=world_size,
+        )
+        return leave_out(batches(plan), skipped, rows_per_batch=rows)
+
     if world.rank == 0:
         sink(Note("resolved", dataclasses.asdict(resolved)))
         for line in describe(config, run, resolved, manifest, world, state):
@@ -107,7 +121,9 @@ def train(
         tokenizer=Tokenizer.load(Path(job.tokenizer_dir)),
         resolved=resolved,
         world=world,
-        surroundings=_surroundings(job, config, resolved, manifest, plan, batches(plan), sink, poll),
+        surroundings=_surroundings(
+            job, config, resolved, manifest, world, open_batches=open_batches, lanes=lanes, sink=sink, poll=poll
+        ),
         state=state,
     )
     return trainer.fit()
@@ -118,37 +134,37 @@ def _surroundings(
     config: Config,
     resolved: Resolved,
     manifest: Manifest,
-    plan: BatchPlan,
-    batches: Iterator[Batch],
+    world: World,
+    *,
+    open_batches: Callable[[LoopState], Iterator[Batch]],
+    lanes: int,
     sink: Sink,
     poll: Callable[[], Signal],
 ) -> Surroundings:
     """The seams of one rank, and what its checkpoints record besides weights, moments and the loop's state."""
     reader, price = RowReader(manifest, "val"), config.money.price_per_hour
     eval_rows = min(reader.num_rows, config.eval.eval_tokens // config.model.max_seq_len)
+    passes = {"device_batch_size": config.batch.device_batch_size, "world_size": world.world_size}
+    store = Store.of(config.run_uri)
     return Surroundings(
-        batches=batches,
-        validation=lambda: validation_rows(
-            reader,
-            rows=eval_rows,
-            device_batch_size=config.batch.device_batch_size,
-            rank=plan.rank,
-            world_size=plan.world_size,
-        ),
+        open_batches=open_batches,
+        validation=lambda: validation_rows(reader, rows=eval_rows, rank=world.rank, **passes),
+        validation_rounds=validation_passes(eval_rows, **passes),
         sink=sink,
         poll=poll,
         clock=Clock(
             attempt_started=job.attempt_started,
             before_s=job.wall_before_s,
             price_per_hour=None if price == -1 else price,
+            nodes=job.nodes,
+            before_usd=job.cost_before_usd,
         ),
-        checkpoints=config.run_dir / "checkpoints",
-        lease=config.run_dir / "lease.json",
-        lease_holder=job.lease_holder,
+        checkpoints=store.child("checkpoints"),
+        fence=lambda: taken_over(store, job.lease_holder),
         meta={
-            "config": job.config,
+            "config": config.public(),
             "fingerprint": manifest.fingerprint,
-            "lanes": plan.lanes,
+            "lanes": lanes,
             "seed": config.run.seed,
             "attempt": job.attempt,
             "journal_offset": job.journal_offset,

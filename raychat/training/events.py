@@ -27,7 +27,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Note:
-    """Something that belongs in the journal and is no metric: a text sample, a failed save."""
+    """Something that belongs in the journal and is no metric: a text sample, a failed save, a bad step."""
 
     kind: str
     fields: dict[str, Any]
@@ -35,11 +35,18 @@ class Note:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is whole on storage, and the state of the loop that it holds."""
+    """A checkpoint that is whole on storage, and the state of the loop that it holds.
+
+    Training stood still for `stall_s` seconds; `total_s` after it was asked for, all `bytes` of it were on storage.
+    """
 
     step: int
     path: str
     state: dict[str, Any]
+    stall_s: float
+    total_s: float
+    bytes: int
+    synchronous: bool
 
 
 @dataclass(frozen=True)

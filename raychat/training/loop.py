@@ -1,12 +1,9 @@
 """The training loop: batches come in, events go out, orders come in. Every rank runs it and takes the same branches."""
 
-import math
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, replace
-from enum import IntEnum
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,93 +11,37 @@ import torch
 from raychat.config import Config
 from raychat.data.batches import Batch
 from raychat.data.tokenizer import Tokenizer
-from raychat.errors import CheckpointError, RaychatError
-from raychat.evaluation.bpb import evaluate_bpb
+from raychat.evaluation.bpb import BitsPerByte
 from raychat.evaluation.samples import DEFAULT_PROMPTS, samples
 from raychat.model import GPT
 from raychat.optim import MuonAdamW
 from raychat.optim.schedule import lr_multiplier, muon_momentum, weight_decay_at
 from raychat.planning import Recipe, warmup_steps
 from raychat.planning.devices import mfu_percent
-from raychat.training import checkpoint
+from raychat.training.bad_steps import MAX_ROLLBACKS, BadStep, BadSteps, DivergedError, load_newest
 from raychat.training.device import Resolved, peak_memory_bytes
-from raychat.training.events import Ended, Line, Metrics, Note, Saved, Sink
-from raychat.training.lease import LeaseError, taken_over
-from raychat.training.save_clock import SaveClock
+from raychat.training.events import Ended
+from raychat.training.memory import MemoryGauge, is_out_of_memory, out_of_memory
+from raychat.training.reporting import UNTIMED_STEPS, Reporter, StepTimes
+from raychat.training.saving import Saves
 from raychat.training.scaler import LossScaler
+from raychat.training.spikes import LossSpikes
+from raychat.training.state import SMOOTHING, Clock, LoopState, Signal, Surroundings
+from raychat.training.stragglers import Stragglers
 from raychat.training.world import World
 
-SMOOTHING = 0.9  # of the moving average of the loss that the console shows
-UNTIMED_STEPS = 10  # first steps of a process, which warm caches up, are left out of the training time
+__all__ = ["UNTIMED_STEPS", "Clock", "DivergedError", "LoopState", "Signal", "Surroundings", "Trainer"]
 
 
-class Signal(IntEnum):
-    """What the surroundings ask of the loop. Ordered: the strongest of all ranks wins."""
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know of a step: the mean loss, what is asked, and the seconds of each rank for one sequence."""
 
-    NONE = 0
-    SAVE = 1  # write a checkpoint now and go on (a node is about to be taken away)
-    STOP = 2  # write a checkpoint now and return
-
-
-class DivergedError(RaychatError):
-    """The loss or the gradient is no longer a number. The last checkpoint is from before."""
-
-    exit_code = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopState:
-    """Where a run is: all that the loop needs to go on as if nothing had happened, besides weights and moments.
-
-    `rows_consumed` is the whole state of the data. Nothing random happens in a step, so there is no generator to keep.
-    """
-
-    step: int = 0
-    rows_consumed: int = 0
-    epoch: int = 0
-    smooth_loss: float = 0.0
-    train_loss: float | None = None
-    val_bpb: float | None = None
-    val_step: int | None = None
-    min_val_bpb: float | None = None
-    total_training_time_s: float = 0.0
-    step_time_s: float = 0.0
-    tok_per_sec: float | None = None
-    mfu: float | None = None
-    loss_scale: float | None = None
-    loss_scale_good_steps: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clock:
-    """Wall time and money of a run over all its attempts. `before_s`: wall time of the earlier ones."""
-
-    attempt_started: float
-    before_s: float
-    price_per_hour: float | None
-
-    def wall_s(self) -> float:
-        """Wall time of the run so far."""
-        return self.before_s + time.time() - self.attempt_started
-
-    def cost_usd(self) -> float | None:
-        """Dollars so far, or None without a price."""
-        return None if self.price_per_hour is None else self.price_per_hour * self.wall_s() / 3600
-
-
-@dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """The seams of the loop: where batches come from, where events go, who asks for what, and what a save records."""
-
-    batches: Iterator[Batch]
-    validation: Callable[[], Iterator[np.ndarray]]
-    sink: Sink
-    poll: Callable[[], Signal]
-    clock: Clock
-    checkpoints: Path
-    lease: Path
-    lease_holder: str
-    meta: dict[str, Any]
+    loss: float
+    asked: Signal
+    save_due: bool
+    fenced: bool
+    rank_seconds: list[float]
 
 
 class Trainer:
@@ -130,56 +71,103 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.forward = torch.compile(model, dynamic=False) if resolved.compile else model
         self.token_bytes = torch.as_tensor(tokenizer.token_bytes, device=self.device)
-        self.steps_here, self.timed_here_s = 0, 0.0
-        self.saved_at = state.step if state.step else None
-        self.save_clock = SaveClock(config.save.save_every)
+        self.report = Reporter(config, recipe, surroundings.clock, surroundings.sink, rank=world.rank)
+        saved_at = state.step if state.step else None
+        self.saves = Saves(config.save, surroundings, model, optimizer, world, self.report, saved_at=saved_at)
         self.scaler = LossScaler.restore(resolved.dtype, state.loss_scale, state.loss_scale_good_steps)
+        self.batches: Iterator[Batch] = surroundings.open_batches(state)
+        self.bad_steps, self.spikes = BadSteps(config.optim.on_bad_step), LossSpikes()
+        self.stragglers = Stragglers(world.gather(socket.gethostname())) if world.world_size > 1 else None
+        self.memory, self.times, self.first_step = MemoryGauge(self.device), StepTimes(), True
+        self.save_owed = False
 
     def fit(self) -> bool:
-        """Train on. True when the horizon is reached, False when the loop was told to stop before."""
-        signal = Signal.NONE
-        if self.state.val_step == self.state.step and self.state.val_bpb is not None:
-            # Evaluated before the save that this run resumes from; a journal that went back to here lost it.
-            self._send(Metrics(self.state.step, {"val/bpb": self.state.val_bpb}, time.time()))
-        while True:
-            step, last = self.state.step, self.state.step == self.recipe.num_iterations
-            if self._due(self.config.eval.eval_every, last) and self.state.val_step != step:
-                self._evaluate()
-            if self._due(self.config.eval.sample_every, last) and step > 0:
-                self._sample()
-            wanted = last or signal >= Signal.SAVE or self.save_clock.due_at(step)
-            if wanted and step != self.saved_at:
-                self._save(must=last or signal is Signal.STOP)
-            if last or signal is Signal.STOP:
-                self._send(Ended(last, asdict(self.state), max(self.world.gather(peak_memory_bytes(self.device)))))
-                return last
-            signal = self._train_step(next(self.around.batches))
+        """Train on. True when the horizon is reached and evaluated, False when the loop was told to stop before."""
+        try:
+            return self._fit()
+        finally:
+            self.saves.close()
 
-    def _train_step(self, batch: Batch) -> Signal:
+    def _fit(self) -> bool:
+        self.report.evaluation_again(self.state)
+        # A notice that came while this attempt started is heard before its first step, which may compile for minutes.
+        asked = self._ask()
+        save_due = False
+        while True:
+            last = self.state.step == self.recipe.num_iterations
+            if asked is not Signal.STOP:
+                asked = max(asked, self._evaluate_if_due(last))
+            if last or asked is Signal.STOP:
+                if self.state.step:
+                    self.saves.now(self.state, must=True)
+                finished = last and not self._evaluation_due(last)
+                peak = max(self.world.gather(peak_memory_bytes(self.device)))
+                self.report.send(Ended(finished, asdict(self.state), peak))
+                return finished
+            waiting = self._serve(asked)
+            if save_due or self.saves.due_at(self.state.step):
+                self.saves.periodic(self.state)
+            asked, save_due = self._train_step(next(self.batches))
+            asked = max(waiting, asked)
+
+    def _serve(self, asked: Signal) -> Signal:
+        """Save now where that is asked; what has to wait because nothing has been trained yet."""
+        if asked is Signal.NONE or self.state.step == 0:
+            return asked
+        self.saves.now(self.state, must=False)
+        return Signal.NONE
+
+    def _train_step(self, batch: Batch) -> tuple[Signal, bool]:
+        """Train on `batch`; what is asked after it, and whether a periodic save is due by time."""
         start = time.perf_counter()
-        step, N, optim = self.state.step, self.recipe.num_iterations, self.config.optim
-        lrm = lr_multiplier(step, N, warmup_steps(self.config, N), optim.warmdown_ratio, optim.final_lr_frac)
-        self._schedule(step, lrm)
+        N, optim = self.recipe.num_iterations, self.config.optim
+        lrm = lr_multiplier(self.state.step, N, warmup_steps(self.config, N), optim.warmdown_ratio, optim.final_lr_frac)
+        self._schedule(self.state.step, lrm)
         nats = self._accumulate_gradients(batch)
-        asked = self._poll()
-        loss, save, stop = self.world.sum(
-            [nats / self.recipe.total_batch_size, asked is Signal.SAVE, asked is Signal.STOP], self.device
-        )
+        agreed = self._agree(nats, (time.perf_counter() - start) / len(batch.rows))
         self.optimizer.grad_scale = self.scaler.scale
         grad_norm = float(self.optimizer.reduce_gradients())
-        if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not self.scaler.active):
-            raise DivergedError(
-                f"step {step}: the loss is {loss} and the gradient norm {grad_norm}. The weights were not updated; the last "
-                "checkpoint is good. Lower the rates (--matrix-lr, --embedding-lr), or set --grad-clip 1.0."
-            )
-        if self.scaler.accepts(grad_norm):
-            self.optimizer.apply_updates()
+        bad = BadSteps.found(agreed.loss, grad_norm, scaled=self.scaler.active)
+        if bad and self._bad_step(batch, agreed.loss, grad_norm) == "rollback":
+            return agreed.asked, False
+        if not bad:
+            self.bad_steps.good()
+            self._watch(agreed)
+            if self.scaler.accepts(grad_norm):
+                self.optimizer.apply_updates()
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self._advance(batch, loss, time.perf_counter() - start)
-        if step % self.config.run.log_every == 0 or self.state.step == N:
-            self._log(step, loss, lrm, grad_norm, time.perf_counter() - start)
+        self._advance(batch, None if bad else agreed.loss, time.perf_counter() - start)
+        self._tell_step(agreed.loss, lrm, grad_norm, time.perf_counter() - start)
+        self.saves.collect()
+        self.saves.refuse_if_fenced(agreed.fenced)
+        save_due, self.save_owed = agreed.save_due or self.save_owed, False
+        return agreed.asked, save_due
+
+    def _agree(self, nats: float, seconds: float) -> Agreed:
+        """One collective for all that ranks tell each other in a step: sums of `nats`, orders and the ranks' own times."""
+        world, asked = self.world, self._poll()
+        lead = world.rank == 0
+        mine = [seconds if rank == world.rank else 0.0 for rank in range(world.world_size)]
+        loss, save, stop, save_due, fenced, *rank_seconds = world.sum(
+            [
+                nats / self.recipe.total_batch_size,
+                asked is Signal.SAVE,
+                asked is Signal.STOP,
+                lead and self.saves.due_by_time(),
+                lead and self.saves.fenced,
+                *mine,
+            ],
+            self.device,
+        )
+        strongest = Signal.STOP if stop else Signal.SAVE if save else Signal.NONE
+        return Agreed(loss, strongest, bool(save_due), bool(fenced), rank_seconds)
+
+    def _ask(self) -> Signal:
+        """What is asked of any rank, outside of steps. Every rank calls this equally often."""
+        asked = self._poll()
+        save, stop = self.world.sum([asked is Signal.SAVE, asked is Signal.STOP], self.device)
         return Signal.STOP if stop else Signal.SAVE if save else Signal.NONE
 
     def _accumulate_gradients(self, batch: Batch) -> float:
@@ -187,12 +175,21 @@ class Trainer:
         precise = torch.float32 if self.device.type == "mps" else torch.float64
         nats = torch.zeros((), dtype=precise, device=self.device)
         weight = self.scaler.scale / self.recipe.total_batch_size
-        for first in range(0, len(batch.rows), self.config.batch.device_batch_size):
-            rows = self._to_device(batch.rows[first : first + self.config.batch.device_batch_size])
-            loss = self.forward(rows[:, :-1], rows[:, 1:], reduction="sum")
-            (loss * weight).backward()
-            nats += loss.detach()
-        return nats.item()
+        size = self.config.batch.device_batch_size
+        try:
+            for first in range(0, len(batch.rows), size):
+                self.memory.before_pass()
+                rows = self._to_device(batch.rows[first : first + size])
+                loss = self.forward(rows[:, :-1], rows[:, 1:], reduction="sum")
+                (loss * weight).backward()
+                nats += loss.detach()
+                self.memory.after_pass(len(rows))
+            return nats.item()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            T = self.config.model.max_seq_len
+            raise out_of_memory(size, T, self.memory.read(), self.recipe.total_batch_size // T) from error
 
     def _to_device(self, rows: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(rows.astype(np.int32))
@@ -220,12 +217,7 @@ class Trainer:
     def _poll(self) -> Signal:
         """What this rank's surroundings ask. Time and money are rank 0's to watch, or ranks would disagree."""
         asked = self.around.poll()
-        if self.world.rank == 0:
-            if self._limit_reached():
-                asked = Signal.STOP
-            elif self.save_clock.due_by_time():
-                asked = max(asked, Signal.SAVE)
-        return asked
+        return Signal.STOP if self.world.rank == 0 and self._limit_reached() else asked
 
     def _limit_reached(self) -> bool:
         money, clock = self.config.money, self.around.clock
@@ -234,22 +226,90 @@ class Trainer:
         over_budget = money.budget_usd > 0 and cost is not None and cost > money.budget_usd
         if over_time or over_budget:
             which = f"--max-hours {money.max_hours:g}" if over_time else f"--budget-usd {money.budget_usd:g}"
-            self._send(Line(f"{which} is reached after {clock.wall_s() / 3600:.2f} h: saving and stopping"))
+            self.report.line(f"{which} is reached after {clock.wall_s() / 3600:.2f} h: saving and stopping")
         return over_time or over_budget
 
-    def _advance(self, batch: Batch, loss: float, dt: float) -> None:
-        state = self.state
-        timed_s = dt if self.steps_here >= UNTIMED_STEPS else 0.0
+    def _bad_step(self, batch: Batch, loss: float, grad_norm: float) -> str:
+        """Leave the update of a bad step out, or go back and leave its batch out: which of the two was done.
+
+        Raises:
+            DivergedError: on every rank, when the run is to stop.
+        """
+        cursor = batch.rows_consumed - self.recipe.total_batch_size // self.config.model.max_seq_len
+        bad = BadStep(step=self.state.step, cursor=cursor, loss=loss, grad_norm=grad_norm)
+        action = self.bad_steps.decide(bad, self.state.skipped)
+        facts = {"step": bad.step, "cursor": cursor, "loss": str(loss), "grad_norm": str(grad_norm)}
+        self.report.note("bad_step", **facts, action=action)  # as texts: JSON has no such numbers
+        if action == "skip":
+            self.report.line(f"warning: step {bad.step:05d}: {bad.reason}; this update is left out")
+        else:
+            self._roll_back(bad)
+        return action
+
+    def _roll_back(self, bad: BadStep) -> None:
+        """Go back to the newest verified checkpoint, or to the start, and leave the batch of `bad` out from there on."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.saves.settle()
+        skipped = tuple(sorted({*self.state.skipped, bad.cursor}))
+        found = load_newest(
+            self.around.checkpoints,
+            self.model,
+            self.optimizer,
+            self.world,
+            seed=self.config.run.seed,
+            aside=f"damaged-{self.around.meta['attempt']}-{len(skipped)}",
+            echo=self.report.line,
+        )
+        state = LoopState.restore(found.meta["state"]) if found else LoopState()
+        self.state = replace(state, skipped=skipped)
+        self.saves.went_back(state.step if found else None)
+        self.scaler = LossScaler.restore(self.resolved.dtype, state.loss_scale, state.loss_scale_good_steps)
+        self.spikes = LossSpikes()
+        if isinstance(self.batches, Generator):
+            self.batches.close()
+        self.batches = self.around.open_batches(self.state)
+        self.save_owed = True  # what is left out is known for good when the next checkpoint says so
+        self.report.line(
+            f"warning: step {bad.step:05d}: {bad.reason}. Going back to step {state.step}; the batch at row {bad.cursor:,} "
+            f"is left out from now on (rollback {len(skipped)} of at most {MAX_ROLLBACKS})"
+        )
+        self.report.note(
+            "rollback",
+            from_step=state.step,
+            bad_step=bad.step,
+            cursor=bad.cursor,
+            reason=f"step {bad.step}: {bad.reason}",
+        )
+        self.report.evaluation_again(self.state)
+
+    def _watch(self, agreed: Agreed) -> None:
+        """Name a loss that stands out, and ranks that are slow."""
+        step = self.state.step
+        if (mean := self.spikes.observe(agreed.loss)) is not None:
+            self.report.line(
+                f"warning: step {step:05d}: the loss {agreed.loss:.4f} is a spike above a mean of {mean:.4f}"
+            )
+            self.report.note("loss_spike", step=step, loss=agreed.loss, mean=mean)
+        for slow in self.stragglers.observe(step, agreed.rank_seconds) if self.stragglers else ():
+            self.report.line(
+                f"warning: rank {slow.rank} on {slow.host} is slow: {slow.seconds * 1000:.1f} ms a sequence, and the median "
+                f"rank takes {slow.median_s * 1000:.1f} ms"
+            )
+            self.report.note("slow_rank", step=step, **asdict(slow))
+
+    def _advance(self, batch: Batch, loss: float | None, dt: float) -> None:
+        """Count a step; `loss` is None when its update was left out."""
+        state, peak = self.state, self.resolved.peak
         tok_per_sec = self.recipe.total_batch_size / dt
-        peak = self.resolved.peak
+        shown = state.smoothed_loss() if loss is None else loss
         self.state = replace(
             state,
             step=state.step + 1,
             rows_consumed=batch.rows_consumed,
             epoch=batch.epoch,
-            smooth_loss=SMOOTHING * state.smooth_loss + (1 - SMOOTHING) * loss,
-            train_loss=loss,
-            total_training_time_s=state.total_training_time_s + timed_s,
+            smooth_loss=SMOOTHING * state.smooth_loss + (1 - SMOOTHING) * shown,
+            train_loss=state.train_loss if loss is None else loss,
+            total_training_time_s=state.total_training_time_s + self.times.add(dt),
             step_time_s=state.step_time_s + dt,
             tok_per_sec=tok_per_sec,
             mfu=mfu_percent(
@@ -258,86 +318,58 @@ class Trainer:
             loss_scale=self.scaler.scale if self.scaler.active else None,
             loss_scale_good_steps=self.scaler.good_steps,
         )
-        self.steps_here += 1
-        self.timed_here_s += timed_s
 
-    def _log(self, step: int, loss: float, lrm: float, grad_norm: float, dt: float) -> None:
-        state, N, clock = self.state, self.recipe.num_iterations, self.around.clock
-        values = {
-            "train/loss": loss,
-            "train/lrm": lrm,
-            "train/dt": dt,
-            "train/tok_per_sec": state.tok_per_sec,
-            "train/mfu": state.mfu,
-            "train/grad_norm": grad_norm,
-            "time/total_training": state.total_training_time_s,
-            "flops/total": float(self.recipe.flops_per_token) * state.rows_consumed * self.config.model.max_seq_len,
-            "goodput": state.step_time_s / max(clock.wall_s(), state.step_time_s),
-            "cost/usd": clock.cost_usd(),
-        }
-        self._send(Metrics(step, {key: value for key, value in values.items() if value is not None}, time.time()))
-        timed = self.steps_here - UNTIMED_STEPS
-        eta = f" | eta: {self.timed_here_s / timed * (N - state.step) / 60:.1f}m" if timed > 0 else ""
-        smooth = state.smooth_loss / (1 - SMOOTHING**state.step)
-        mfu = "n/a" if state.mfu is None else f"{state.mfu:.2f}"
-        cost = clock.cost_usd()
-        spent = "" if cost is None else f" | spent: ${cost:.2f}"
-        self._send(
-            Line(
-                f"step {step:05d}/{N:05d} ({100 * step / N:.2f}%) | loss: {smooth:.6f} | lrm: {lrm:.2f} | dt: {dt * 1000:.2f}ms"
-                f" | tok/sec: {state.tok_per_sec:,.0f} | mfu: {mfu} | epoch: {state.epoch + 1}"
-                f" | total time: {state.total_training_time_s / 60:.2f}m{eta}{spent}"
+    def _tell_step(self, loss: float, lrm: float, grad_norm: float, dt: float) -> None:
+        step = self.state.step - 1
+        if self.first_step:
+            self.first_step = False
+            self.report.note("first_step", step=step)
+        if step % self.config.run.log_every == 0 or self.state.step == self.recipe.num_iterations:
+            spread = self.stragglers.spread if self.stragglers else None
+            self.report.step(
+                self.state, loss=loss, lrm=lrm, grad_norm=grad_norm, dt=dt, spread=spread, mean_s=self.times.mean_s()
             )
-        )
 
-    def _evaluate(self) -> None:
-        start, step = time.perf_counter(), self.state.step
-        rows = (self._to_device(rows) for rows in self.around.validation())
+    def _evaluate_if_due(self, last: bool) -> Signal:
+        """Evaluate and sample where it is time; what was asked meanwhile and is not served yet."""
+        asked = Signal.NONE
+        if self._evaluation_due(last):
+            asked = self._evaluate()
+        if asked is not Signal.STOP and self._due(self.config.eval.sample_every, last) and self.state.step > 0:
+            self._sample()
+        return asked
+
+    def _evaluation_due(self, last: bool) -> bool:
+        return self._due(self.config.eval.eval_every, last) and self.state.val_step != self.state.step
+
+    def _evaluate(self) -> Signal:
+        """Evaluate, unless told to stop meanwhile; what was asked and is not served yet."""
+        start, passes, waiting = time.perf_counter(), self.around.validation(), Signal.NONE
+        meter = BitsPerByte(self.model, self.token_bytes, self.device)
         # In chunks: the full float32 logits of a batch that fits in training would not fit here, uncompiled.
         loss_impl, self.model.loss_impl = self.model.loss_impl, "chunked"
-        bpb = evaluate_bpb(self.model, rows, self.token_bytes, self.device)
-        self.model.loss_impl = loss_impl
+        try:
+            for _ in range(self.around.validation_rounds):  # a rank that has no rows left is still asked
+                if (rows := next(passes, None)) is not None:
+                    meter.add(self._to_device(rows))
+                if (asked := self._ask()) is Signal.STOP:
+                    return asked
+                waiting = max(waiting, self._serve(asked))
+        finally:
+            self.model.loss_impl = loss_impl
+        bpb = meter.total()
         lowest = bpb if self.state.min_val_bpb is None else min(bpb, self.state.min_val_bpb)
-        self.state = replace(self.state, val_bpb=bpb, val_step=step, min_val_bpb=lowest)
-        self._send(Metrics(step, {"val/bpb": bpb}, time.time()))
-        tokens = self.around.meta["val_tokens"]
-        self._send(
-            Line(
-                f"step {step:05d} | validation bpb: {bpb:.6f} (lowest {lowest:.6f}) on {tokens:,} tokens"
-                f" in {time.perf_counter() - start:.1f}s"
-            )
-        )
+        self.state = replace(self.state, val_bpb=bpb, val_step=self.state.step, min_val_bpb=lowest)
+        seconds = time.perf_counter() - start
+        self.report.evaluation(self.state, tokens=self.around.meta["val_tokens"], seconds=seconds)
+        return waiting
 
     def _sample(self) -> None:
         if self.world.rank == 0:  # the others wait in their next collective
+            step = self.state.step
             for prompt, text in zip(DEFAULT_PROMPTS, samples(self.model, self.tokenizer), strict=True):
-                self._send(Line(f"step {self.state.step:05d} | sample: {text!r}"))
-                self._send(Note("sample", {"step": self.state.step, "prompt": prompt, "text": text}))
-
-    def _save(self, *, must: bool) -> None:
-        start, step = time.perf_counter(), self.state.step
-        if self.world.broadcast(self.world.rank == 0 and taken_over(self.around.lease, self.around.lease_holder)):
-            raise LeaseError(f"Another driver has taken over {self.around.lease.parent}: this one writes nothing more.")
-        meta = self.around.meta | {"step": step, "state": asdict(self.state), "world_size": self.world.world_size}
-        try:
-            path = checkpoint.save(self.around.checkpoints, self.model, self.optimizer, meta, self.world)
-        except CheckpointError as error:
-            if must:
-                raise
-            self._send(Line(f"warning: {error}; training goes on"))
-            self._send(Note("save_failed", {"step": step, "error": str(error)}))
-            return
-        finally:
-            self.save_clock.saved(time.perf_counter() - start)
-        self.saved_at = step
-        if self.world.rank == 0:
-            checkpoint.prune(self.around.checkpoints, self.config.save.keep_checkpoints)
-        self._send(Saved(step, str(path), asdict(self.state)))
-        self._send(Line(f"step {step:05d} | checkpoint saved in {time.perf_counter() - start:.1f}s: {path}"))
+                self.report.line(f"step {step:05d} | sample: {text!r}")
+                self.report.note("sample", step=step, prompt=prompt, text=text)
 
     def _due(self, every: int, last: bool) -> bool:
         return every > 0 and (last or self.state.step % every == 0)
-
-    def _send(self, event: Line | Metrics | Note | Saved | Ended) -> None:
-        if self.world.rank == 0:
-            self.around.sink(event)

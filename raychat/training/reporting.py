@@ -1,0 +1,104 @@
+"""What a run says of itself while it trains: metrics for the journal, lines for the console. Only rank 0 speaks."""
+
+import time
+
+from raychat.config import Config
+from raychat.planning import Recipe
+from raychat.training.events import Event, Line, Metrics, Note, Sink
+from raychat.training.state import Clock, LoopState
+
+UNTIMED_STEPS = 10  # first steps of a process, which warm caches up, are left out of the training time
+
+
+class StepTimes:
+    """Times of the steps of this process, the first ones left out."""
+
+    def __init__(self) -> None:
+        self._steps, self._timed_s = 0, 0.0
+
+    def add(self, dt: float) -> float:
+        """Take in a step of `dt` seconds; how much of it counts as training time."""
+        timed_s = dt if self._steps >= UNTIMED_STEPS else 0.0
+        self._steps += 1
+        self._timed_s += timed_s
+        return timed_s
+
+    def mean_s(self) -> float | None:
+        """Mean of the steps that count, or None before the first of them."""
+        timed = self._steps - UNTIMED_STEPS
+        return self._timed_s / timed if timed > 0 else None
+
+
+class Reporter:
+    """Tells `sink` what rank 0 has to say; on other ranks it is silent."""
+
+    def __init__(self, config: Config, recipe: Recipe, clock: Clock, sink: Sink, *, rank: int) -> None:
+        self.config, self.recipe, self.clock = config, recipe, clock
+        self._sink, self._rank = sink, rank
+
+    def send(self, event: Event) -> None:
+        """Tell `event` to the driver."""
+        if self._rank == 0:
+            self._sink(event)
+
+    def line(self, text: str) -> None:
+        """Show a line."""
+        self.send(Line(text))
+
+    def note(self, kind: str, **fields: object) -> None:
+        """Put an event into the journal."""
+        self.send(Note(kind, fields))
+
+    def step(
+        self,
+        state: LoopState,
+        *,
+        loss: float,
+        lrm: float,
+        grad_norm: float,
+        dt: float,
+        spread: float | None,
+        mean_s: float | None,
+    ) -> None:
+        """Metrics and line of the step that led to `state`; `spread` is that of the ranks, `mean_s` of a step."""
+        step, N = state.step - 1, self.recipe.num_iterations
+        cost = self.clock.cost_usd()
+        rows = self.recipe.total_batch_size // self.config.model.max_seq_len
+        passed_over = sum(cursor < state.rows_consumed for cursor in state.skipped) * rows
+        trained_tokens = (state.rows_consumed - passed_over) * self.config.model.max_seq_len
+        values = {
+            "train/loss": loss,
+            "train/lrm": lrm,
+            "train/dt": dt,
+            "train/tok_per_sec": state.tok_per_sec,
+            "train/mfu": state.mfu,
+            "train/grad_norm": grad_norm,
+            "train/rank_spread": spread,
+            "time/total_training": state.total_training_time_s,
+            "time/productive": state.step_time_s,
+            "flops/total": float(self.recipe.flops_per_token) * trained_tokens,
+            "goodput": state.step_time_s / max(self.clock.wall_s(), state.step_time_s),
+            "cost/usd": cost,
+        }
+        self.send(Metrics(step, {key: value for key, value in values.items() if value is not None}, time.time()))
+        eta = "" if mean_s is None else f" | eta: {mean_s * (N - state.step) / 60:.1f}m"
+        mfu = "n/a" if state.mfu is None else f"{state.mfu:.2f}"
+        spent = "" if cost is None else f" | spent: ${cost:.2f}"
+        self.line(
+            f"step {step:05d}/{N:05d} ({100 * step / N:.2f}%) | loss: {state.smoothed_loss():.6f} | lrm: {lrm:.2f}"
+            f" | dt: {dt * 1000:.2f}ms | tok/sec: {state.tok_per_sec:,.0f} | mfu: {mfu} | epoch: {state.epoch + 1}"
+            f" | total time: {state.total_training_time_s / 60:.2f}m{eta}{spent}"
+        )
+
+    def evaluation(self, state: LoopState, *, tokens: int, seconds: float) -> None:
+        """Metrics and line of the evaluation that `state` holds."""
+        self.send(Metrics(state.step, {"val/bpb": state.val_bpb or 0.0, "val/time_s": seconds}, time.time()))
+        self.line(
+            f"step {state.step:05d} | validation bpb: {state.val_bpb:.6f} (lowest {state.min_val_bpb:.6f})"
+            f" on {tokens:,} tokens in {seconds:.1f}s"
+        )
+
+    def evaluation_again(self, state: LoopState) -> None:
+        """The evaluation before the save that `state` comes from: a journal that went back to there has lost it."""
+        if state.val_step == state.step and state.val_bpb is not None:
+            self.send(Metrics(state.step, {"val/bpb": state.val_bpb}, time.time()))

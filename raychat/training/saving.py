@@ -1,0 +1,195 @@
+"""When checkpoints are made, and what is said about them. Every rank makes the same calls at the same steps."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raychat.config import SaveSettings
+from raychat.errors import CheckpointError
+from raychat.model import GPT
+from raychat.optim import MuonAdamW
+from raychat.training import checkpoint
+from raychat.training.events import Saved
+from raychat.training.lease import LeaseError
+from raychat.training.reporting import Reporter
+from raychat.training.save_clock import SaveClock
+from raychat.training.state import LoopState, Surroundings
+from raychat.training.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveOutcome:
+    step: int
+    uri: str | None
+    error: str | None
+    fenced: bool
+    state: dict[str, Any]
+    stall_s: float
+    total_s: float
+    bytes: int
+
+
+class Saver:
+    """Synchronous stand-in."""
+
+    busy = False
+
+    def __init__(self, root, world, *, keep, fence) -> None:
+        self.root, self.world, self.keep, self.fence, self._outcome = root.path, world, keep, fence, None
+
+    def begin(self, model, optimizer, meta) -> None:
+        start, path, error = time.perf_counter(), None, None
+        fenced = self.world.broadcast(self.world.rank == 0 and self.fence())
+        try:
+            if not fenced:
+                path = checkpoint.save(self.root, model, optimizer, meta, self.world)
+                if self.world.rank == 0:
+                    checkpoint.prune(self.root, self.keep)
+        except CheckpointError as problem:
+            error = str(problem)
+        took = time.perf_counter() - start
+        size = sum(f.stat().st_size for f in Path(path).iterdir()) if path else 0
+        self._outcome = SaveOutcome(
+            step=meta["step"],
+            uri=path and str(path),
+            error=error,
+            fenced=fenced,
+            state=meta["state"],
+            stall_s=took,
+            total_s=took,
+            bytes=size,
+        )
+
+    def finished(self):
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    wait = finished
+
+    def close(self) -> None:
+        pass
+
+
+class Saves:
+    """The checkpoints of a run: periodic ones while training goes on, and those that are waited for.
+
+    Raises:
+        LeaseError: on every rank, by `settle` and `now`, when another driver holds the run.
+    """
+
+    def __init__(
+        self,
+        settings: SaveSettings,
+        around: Surroundings,
+        model: GPT,
+        optimizer: MuonAdamW,
+        world: World,
+        report: Reporter,
+        *,
+        saved_at: int | None,
+    ) -> None:
+        self.settings, self.around, self.world, self.report = settings, around, world, report
+        self.model, self.optimizer = model, optimizer
+        self.saved_at = saved_at
+        """step of the newest checkpoint that is whole, as far as this rank knows; None: there is none"""
+        self.fenced = False
+        """this rank has learnt that another driver holds the run"""
+        self._begun_at = saved_at
+        self._synchronous = False
+        self._clock = SaveClock(settings.save_every)
+        self._saver = Saver(around.checkpoints, world, keep=settings.keep_checkpoints, fence=around.fence)
+
+    def due_by_time(self) -> bool:
+        """Whether time asks for a save, and none is in flight: for rank 0 to ask, and for all to agree to."""
+        return self._clock.due_by_time() and not self._saver.busy
+
+    def due_at(self, step: int) -> bool:
+        """Whether the step count asks for a save: the same on all ranks."""
+        return self._clock.due_at(step)
+
+    def periodic(self, state: LoopState) -> None:
+        """Begin to save `state`, unless that has been done; an earlier save that is still in flight ends first."""
+        if state.step == self._begun_at:
+            return
+        if self.settings.save_mode == "sync":
+            self.now(state, must=False)
+        else:
+            self.settle()
+            self._begin(state, synchronous=False)
+
+    def now(self, state: LoopState, *, must: bool) -> None:
+        """Return when `state` is whole on storage, or has failed to get there.
+
+        Raises:
+            CheckpointError: it failed, and it `must`.
+        """
+        self.settle()
+        if state.step == self.saved_at:
+            return
+        self._begin(state, synchronous=True)
+        self.settle()
+        if must and self.saved_at != state.step:
+            raise CheckpointError(
+                f"There is no checkpoint of step {state.step}, the last of this attempt; the warning above says why. Mend "
+                "that and give the same command: the run goes on from the checkpoint before."
+            )
+
+    def collect(self) -> None:
+        """Take in a save that has ended, without waiting for one."""
+        self._take(self._saver.finished())
+
+    def settle(self) -> None:
+        """Wait for the save in flight; afterwards `saved_at` is the same on all ranks."""
+        self._take(self._saver.wait())
+        # Ranks may have learnt of an outcome at different times.
+        self.saved_at, self.fenced = self.world.broadcast((self.saved_at, self.fenced))
+        self.refuse_if_fenced(self.fenced)
+
+    def went_back(self, step: int | None) -> None:
+        """The run has gone back to the checkpoint of `step`, or to its beginning."""
+        self.saved_at = self._begun_at = step
+
+    def refuse_if_fenced(self, fenced: bool) -> None:
+        """Raise LeaseError when `fenced`, on which all ranks have agreed."""
+        if fenced:
+            raise LeaseError(
+                f"Another driver has taken over the run of {self.around.checkpoints.uri}: this one writes nothing more."
+            )
+
+    def close(self) -> None:
+        """Wait for the save in flight, and let go of what saving needs."""
+        self._saver.close()
+
+    def _begin(self, state: LoopState, *, synchronous: bool) -> None:
+        facts = {"step": state.step, "state": asdict(state), "world_size": self.world.world_size}
+        self._begun_at, self._synchronous = state.step, synchronous
+        self._saver.begin(self.model, self.optimizer, self.around.meta | facts)
+
+    def _take(self, outcome: SaveOutcome | None) -> None:
+        if outcome is None:
+            return
+        self._clock.saved(outcome.stall_s)
+        if outcome.fenced:
+            self.fenced = True
+        elif outcome.uri is None:
+            self.report.line(f"warning: no checkpoint at step {outcome.step}: {outcome.error}")
+            self.report.note("save_failed", step=outcome.step, error=outcome.error)
+        else:
+            self.saved_at = outcome.step
+            self._tell(outcome, outcome.uri)
+
+    def _tell(self, outcome: SaveOutcome, uri: str) -> None:
+        self.report.send(
+            Saved(
+                outcome.step,
+                uri,
+                outcome.state,
+                stall_s=outcome.stall_s,
+                total_s=outcome.total_s,
+                bytes=outcome.bytes,
+                synchronous=self._synchronous,
+            )
+        )
+        stall = "" if self._synchronous else f" (training waited {outcome.stall_s:.2f}s)"
+        self.report.line(f"step {outcome.step:05d} | checkpoint saved in {outcome.total_s:.1f}s{stall}: {uri}")
