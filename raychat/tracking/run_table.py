@@ -12,7 +12,9 @@ from raychat.errors import DataError
 from raychat.tracking.journal import read_journal, records_from
 from raychat.tracking.summary import Summary
 
+JOURNAL = "metrics.jsonl"
 LEASE_STALE_S = 60.0
+TAIL_BYTES = 1 << 16  # of a journal: an end is among its last records
 COLUMNS = ("tag", "status", "step", "val_bpb", "tok/s", "cost", "started", "updated")
 
 
@@ -40,7 +42,7 @@ def default_base_dir() -> Path:
 def run_dirs(runs: Path) -> list[Path]:
     """The run directories in the folder `runs` in the order of their names."""
     found = (path for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else ()
-    return sorted(path for path in found if any((path / name).exists() for name in ("config.json", "metrics.jsonl")))
+    return sorted(path for path in found if any((path / name).exists() for name in ("config.json", JOURNAL)))
 
 
 def is_live(run_dir: Path, now_s: float | None = None) -> bool:
@@ -55,14 +57,12 @@ def read_run(run_dir: Path, now_s: float | None = None) -> RunRow:
     Raises:
         DataError: the journal is of a newer format.
     """
-    summary = _current_summary(run_dir)
-    journal = run_dir / "metrics.jsonl"
-    ended = summary is not None and not (is_live(run_dir, now_s) and _newer(run_dir / "lease.json", run_dir))
-    values = vars(summary) if summary and ended else _from_journal(run_dir)
+    live, journal = is_live(run_dir, now_s), run_dir / JOURNAL
+    values = _ended(run_dir, live=live) or _from_journal(run_dir)
     first, _ = next(records_from(journal), ({}, 0)) if journal.exists() else ({}, 0)
     return RunRow(
         tag=run_dir.name,
-        status=values.get("status") or ("running" if is_live(run_dir, now_s) else "interrupted"),
+        status=values.get("status") or ("running" if live else "interrupted"),
         started_s=first.get("time"),
         updated_s=journal.stat().st_mtime if first else None,
         **{name: values.get(name) for name in ("step", "num_iterations", "val_bpb", "tok_per_sec", "cost_usd")},
@@ -84,23 +84,41 @@ def format_table(rows: Sequence[RunRow]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _current_summary(run_dir: Path) -> Summary | None:
-    """The summary, unless the run has gone on since: a resumed run keeps the summary of its last end."""
-    path = run_dir / "summary.json"
+def last_records(journal: Path) -> list[dict[str, Any]]:
+    """The whole records in the last TAIL_BYTES of a journal, the newest last; none when there is no journal."""
     try:
-        return None if _newer(run_dir / "metrics.jsonl", run_dir) else Summary.read(path)
-    except (FileNotFoundError, DataError):
+        with journal.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [record for line in lines if (record := _parsed(line))]
+
+
+def last_turn(journal: Path) -> dict[str, Any] | None:
+    """The event of the last end of the run, or of the start that followed it; None when that is long ago."""
+    turns = [record for record in last_records(journal) if record.get("event") in ("start", "end")]
+    return turns[-1] if turns else None
+
+
+def _ended(run_dir: Path, *, live: bool) -> dict[str, Any] | None:
+    """What the summary says, if it is about the present: a resumed run keeps the summary of its last end."""
+    turn = last_turn(run_dir / JOURNAL)
+    if turn is None or turn["event"] != "end":
         return None
-
-
-def _newer(path: Path, run_dir: Path) -> bool:
-    """Whether `path` was written after the summary. By the file system's own clock, which may be another than ours."""
-    return path.exists() and path.stat().st_mtime_ns > (run_dir / "summary.json").stat().st_mtime_ns
+    if live and _object(run_dir / "lease.json").get("since", 0.0) > turn["time"]:  # resumed, and nothing journaled yet
+        return None
+    try:
+        summary = Summary.read(run_dir / "summary.json")
+    except (FileNotFoundError, DataError):
+        return _from_journal(run_dir) | {"status": turn.get("status")}
+    return vars(summary)
 
 
 def _from_journal(run_dir: Path) -> dict[str, Any]:
     latest: dict[str, Any] = {}
-    for record in read_journal(run_dir / "metrics.jsonl"):
+    for record in read_journal(run_dir / JOURNAL):
         latest |= {key: value for key, value in record.items() if value is not None}
     planned = (_number(_object(run_dir / name), "num_iterations") for name in ("plan.json", "config.json"))
     return {
@@ -121,8 +139,15 @@ def _number(values: Mapping[str, Any], name: str) -> int | None:
 def _object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none (the file is absent, or of another kind than expected)."""
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return _parsed(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content)
+    except ValueError:
         return {}
     return values if isinstance(values, dict) else {}
 
