@@ -33,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
             send(runs, args.tracking_uri, place)
         if args.reconcile:
             states = [state for state in map(ShippingState.load, runs) if state]
-            for uri in [args.tracking_uri] if args.tracking_uri else sorted({state.uri for state in states}):
-                print(f"marked as KILLED: {' '.join(reconcile(uri)) or 'none'} ({uri})")
+            for uri, experiment in sorted({(args.tracking_uri or state.uri, state.experiment) for state in states}):
+                reconcile(uri, experiment, print)
         if not (args.sync or args.reconcile):
             print(format_table([read_run(run) for run in runs]) if runs else f"no runs yet in {public_uri(place)}")
     return 0

@@ -145,6 +145,16 @@ def test_events_are_kept_apart_from_metrics(path):
     assert Journal(path).log(0, {"preemption": 1.0})  # an event with a step is no metric of that step
 
 
+def test_events_are_signed_by_the_driver_that_writes_them(path):
+    for driver in ("a", None, "b"):
+        journal = Journal(path, driver=driver)
+        journal.event("start", attempt=1)
+        journal.log(0, {f"of {driver}": 1.0})
+        journal.close()
+    assert [event.get("driver") for event in read_events(path)] == ["a", None, "b"]
+    assert not any("driver" in record for record in read_journal(path))
+
+
 def test_reading_from_an_offset_gives_the_rest(path):
     log_steps(path, range(5))
     everything = list(records_from(path))

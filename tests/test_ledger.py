@@ -75,6 +75,7 @@ class History:
 
     def wait(self, driver, seconds):
         self.event("waiting", wanted=2, there=1, driver=driver)
+        self.nodes = min(self.nodes, 1)
         self.spend("waiting_s", seconds)
 
     def away(self, seconds):

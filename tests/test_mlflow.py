@@ -303,11 +303,73 @@ def test_runs_without_a_heartbeat_are_marked_as_killed_and_no_others(run_dir, cl
 
     dead, live, foreign, ended = run(1000), run(10), run(None), run(1000)
     client.set_terminated(ended, "FINISHED")
-    assert reconcile(default_tracking_uri(base_dir)) == [dead]
+    said = []
+    assert reconcile(default_tracking_uri(base_dir), "raychat", said.append) == 1
+    assert said[0] == f"marked as KILLED: {dead}"
+    assert reconcile(default_tracking_uri(base_dir), "no such experiment", said.append) == 0
     statuses = [client.get_run(run_id).info.status for run_id in (dead, live, foreign, ended)]
     assert statuses == ["KILLED", "RUNNING", "RUNNING", "FINISHED"]
     for run_id in (live, foreign):
         client.set_terminated(run_id)
+
+
+def test_the_next_run_of_the_experiment_marks_those_that_died_without_a_word(run_dir, client):
+    log_steps(run_dir, [0])
+    first = ship(run_dir)  # makes the experiment
+    experiment_id = client.get_run(first).info.experiment_id
+    other_id = client.get_experiment("0").experiment_id
+    stale = {"raychat.heartbeat": f"{time.time() - 1000:.0f}"}
+    dead = client.create_run(experiment_id, tags=stale).info.run_id
+    elsewhere = client.create_run(other_id, tags=stale).info.run_id
+    client.set_tag(first, "raychat.heartbeat", stale["raychat.heartbeat"])  # this run's own
+    shipper = shipper_for(run_dir)
+    shipper.start()
+    wait_until(lambda: client.get_run(dead).info.status == "KILLED")
+    assert client.get_run(first).info.status == "RUNNING"
+    assert client.get_run(elsewhere).info.status == "RUNNING"
+    shipper.finish("FINISHED", grace_s=60)
+    client.set_terminated(elsewhere)
+
+
+def test_what_fails_at_other_runs_does_not_concern_this_one(run_dir, client, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no such run")
+
+    monkeypatch.setattr(mlflow_delivery, "end_dead_runs", refuse)
+    log_steps(run_dir, range(3))
+    said = []
+    shipper = shipper_for(run_dir, echo=said.append)
+    shipper.start()
+    wait_until(lambda: shipper._delivery._buried)
+    run_id = shipper.finish("FINISHED", grace_s=60)
+    assert [step for step, _ in curve(client, run_id)] == [0, 1, 2]
+    assert not any("no such run" in line for line in said)
+
+
+def test_rollback_while_the_run_is_shipped_goes_on_in_a_new_run_that_is_described(run_dir, client):
+    """Points that MLflow has cannot be taken back: the curve of the run that went back ends, another one begins."""
+    journal, said = Journal(run_dir / "metrics.jsonl"), []
+    shipper = shipper_for(run_dir, echo=said.append)
+    shipper.start()
+    for step in range(4):
+        journal.log(step, {"train/loss": float(step)})
+    wait_until(lambda: ShippingState.load(run_dir).offset == journal.offset)
+    old = shipper.run_id
+    journal.event("rollback", from_step=2, bad_step=4, cursor=32, reason="nan")
+    journal.event("branch", from_step=2)
+    for step in range(2, 6):
+        journal.log(step, {"train/loss": -1.0})
+    wait_until(lambda: ShippingState.load(run_dir).offset == journal.offset)
+    assert client.get_run(old).info.status == "KILLED"
+    journal.close()
+    new = shipper.finish("FINISHED", grace_s=60)
+    assert new != old
+    assert curve(client, old) == [(step, float(step)) for step in range(4)]
+    assert curve(client, new) == [(step, -1.0) for step in range(2, 6)]
+    run = client.get_run(new)
+    assert (run.data.params, run.data.tags["raychat.branched_from"]) == ({"depth": "2"}, old)
+    assert run.info.status == "FINISHED"
+    assert any("went back to step 2" in line for line in said)
 
 
 def test_a_damaged_state_means_a_new_run_and_does_not_reach_the_caller(run_dir, client, caplog):

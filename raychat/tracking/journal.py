@@ -2,9 +2,9 @@
 
 One JSON object per line, appended and never changed. A metric record is `{"step": s, "time": unix seconds,
 "<metric>": value, ...}`; a value that is not finite is written as null, because strict JSON has no NaN. An event is
-`{"event": kind, "time": unix seconds, ...}`. The event `branch` with `from_step` K says that training went back to
-step K and went on from there: metric records of steps >= K above it are superseded. The first line is the event
-`journal`, which carries the version of the format.
+`{"event": kind, "time": unix seconds, "driver": who wrote it, ...}`. The event `branch` with `from_step` K says that
+training went back to step K and went on from there: metric records of steps >= K above it are superseded. The first
+line is the event `journal`, which carries the version of the format.
 """
 
 import json
@@ -59,13 +59,16 @@ class Journal:
     dropped, so that no curve ever goes back in steps.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, driver: str | None = None) -> None:
         """Open `path` for appending; create it, and its folder, if absent. A torn last line is cut off.
+
+        `driver` signs every event: the time between events of two drivers is time in which nobody was at work.
 
         Raises:
             DataError: the file was written by a newer format.
         """
         self.path = path
+        self._signature = {} if driver is None else {"driver": driver}
         self.replayed = 0
         """metric records refused whole, because the current branch already holds their step"""
         self.lost = 0
@@ -116,7 +119,7 @@ class Journal:
             OSError: a `branch` cannot be written; without it, what follows would contradict what stands above it.
                 Any other event that cannot be written is counted in `lost`.
         """
-        record = {"event": kind, "time": _now(None), **fields}
+        record = {"event": kind, "time": _now(None), **self._signature, **fields}
         with self._lock:
             written = self._append(record)
             if not written and kind == "branch":

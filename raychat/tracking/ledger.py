@@ -217,6 +217,7 @@ class _Book:
         author = record.get("driver", self.driver)
         if author != self.driver:  # whatever an earlier driver held is not known to be there
             self.nodes = 0
+        self.nodes = min(self.nodes, record.get("there", self.nodes))
         self.driver, self.waiting = author, True
 
     def _first_step(self, record: Record) -> None:

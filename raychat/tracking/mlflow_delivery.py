@@ -25,10 +25,14 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 HEARTBEAT_S = 30.0
+STALE_S = 300.0  # without a heartbeat: the process of the run is gone
+BURIAL_S = 5.0  # for ending such runs in one go; what is left is for the next time
 BATCH_METRICS, BATCH_PARAMS = 1000, 100  # MLflow's limits for one log_batch call
 DIGEST_CHARS, PARAM_CHARS, TAG_CHARS = 36, 6000, 5000  # MLflow's limits
 HEARTBEAT_TAG, ATTEMPT_TAG, KEY_TAG = "raychat.heartbeat", "raychat.attempt", "raychat.run_key"
 JOURNAL_NAME = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
 
 
 class Delivery:
@@ -43,7 +47,7 @@ class Delivery:
         self._client: MlflowClient | None = None
         self._described: str | None = None
         self._last_beat = -float("inf")
-        self._announced = False
+        self._announced = self._buried = False
 
     @property
     def state(self) -> ShippingState:
@@ -59,6 +63,9 @@ class Delivery:
         end = self.state.end
         if end is None and time.monotonic() - self._last_beat >= HEARTBEAT_S:
             self._beat(client)
+        if end is None and not self._buried:
+            self._buried = True
+            self._bury_the_dead(client)
         if end is not None and not end.delivered:
             self._end(client, end)
         self._client = client
@@ -149,6 +156,7 @@ class Delivery:
             client.set_terminated(old, "KILLED", end_time=_milliseconds(event))
         self.file.update(run_id=run.info.run_id, key=key, offset=behind)
         self._last_beat = -float("inf")
+        self.echo(f"MLflow: training went back to step {step} and goes on in the run {name}")
 
     def _beat(self, client: "MlflowClient") -> None:
         run_id = str(self.state.run_id)
@@ -156,6 +164,13 @@ class Delivery:
         if client.get_run(run_id).info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")
         self._last_beat = time.monotonic()
+
+    def _bury_the_dead(self, client: "MlflowClient") -> None:
+        """Once, when this run's own points have arrived: what fails here concerns other runs, and is tried by others."""
+        try:
+            end_dead_runs(client, str(self.state.experiment_id), but=str(self.state.run_id))
+        except Exception as error:  # noqa: BLE001 - whatever MLflow, its database or the network raise
+            logger.info("runs without a heartbeat in MLflow are left as they are: %s", error)
 
     def _end(self, client: "MlflowClient", end: End) -> None:
         client.set_terminated(str(self.state.run_id), end.status, end_time=end.time_ms)
@@ -170,6 +185,23 @@ def open_client(uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+def end_dead_runs(client: "MlflowClient", experiment_id: str, *, but: str | None = None) -> list[str]:
+    """End as KILLED the RUNNING runs of raychat in an experiment whose heartbeat is stale; their ids.
+
+    Ends after BURIAL_S and one more call, done or not. A process that is killed cannot say so, and no server notices. A
+    run that does go on sets itself to RUNNING again.
+    """
+    dead: list[str] = []
+    until = time.monotonic() + BURIAL_S
+    query = f"attributes.status = 'RUNNING' and tags.`{HEARTBEAT_TAG}` LIKE '%'"
+    for run in client.search_runs([experiment_id], query, max_results=1000):
+        beat_s = float(run.data.tags[HEARTBEAT_TAG])
+        if time.time() - beat_s > STALE_S and run.info.run_id != but and time.monotonic() < until:
+            client.set_terminated(run.info.run_id, "KILLED", end_time=round(beat_s * 1000))
+            dead.append(run.info.run_id)
+    return dead
 
 
 @contextmanager

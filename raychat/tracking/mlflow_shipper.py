@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raychat.errors import DataError
-from raychat.tracking.mlflow_delivery import HEARTBEAT_TAG, JOURNAL_NAME, Delivery, failures_of, open_client
+from raychat.tracking.mlflow_delivery import JOURNAL_NAME, Delivery, end_dead_runs, failures_of, open_client
 from raychat.tracking.shipping_state import End, ShippingState, StateFile
 from raychat.tracking.tracking_uri import default_tracking_uri as default_tracking_uri  # part of this file's interface
 from raychat.tracking.tracking_uri import store_error as store_error
@@ -160,28 +160,24 @@ def sync(run_dir: Path, *, tracking_uri: str | None = None, echo: Callable[[str]
     return delivery.state.run_id
 
 
-def reconcile(tracking_uri: str, stale_s: float = 300.0) -> list[str]:
-    """End as KILLED the RUNNING runs of raychat whose last heartbeat is older than `stale_s` seconds; their ids.
+def reconcile(tracking_uri: str, experiment: str, echo: Callable[[str], None]) -> int:
+    """End as KILLED the runs of an experiment whose process died without a word; how many there were.
 
-    A process that is killed cannot say so, and no server notices.
+    The next run in the experiment does the same when it starts.
 
     Raises:
         RaychatError: the store cannot be reached or refuses.
     """
-    dead: list[str] = []
+    ended = 0
     with failures_of(tracking_uri):
         client = open_client(tracking_uri)
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        query, token = f"attributes.status = 'RUNNING' and tags.`{HEARTBEAT_TAG}` LIKE '%'", None
-        while token != "":
-            page = client.search_runs(experiments, query, page_token=token)
-            for run in page:
-                beat_s = float(run.data.tags[HEARTBEAT_TAG])
-                if time.time() - beat_s > stale_s:
-                    client.set_terminated(run.info.run_id, "KILLED", end_time=round(beat_s * 1000))
-                    dead.append(run.info.run_id)
-            token = page.token or ""
-    return dead
+        found = client.get_experiment_by_name(experiment)
+        while found and (dead := end_dead_runs(client, found.experiment_id)):
+            ended += len(dead)
+            for run_id in dead:
+                echo(f"marked as KILLED: {run_id}")
+    echo(f"{ended} dead runs in the experiment {experiment} of {public_uri(tracking_uri)}")
+    return ended
 
 
 def _previous(run_dir: Path) -> ShippingState | None:
