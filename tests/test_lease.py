@@ -140,12 +140,13 @@ def test_a_damaged_lease_holds_nothing(tmp_path, content):
 
 
 def test_of_threads_that_start_at_once_one_gets_the_lease(tmp_path, monkeypatch):
-    """By the claim alone: nobody waits for the others' writes, and every write is slow."""
+    """By the claim alone: nobody waits for the others' writes, which come one after the other."""
     monkeypatch.setattr(module, "SETTLE_S", 0.0)
-    write = Lease._write
-    monkeypatch.setattr(Lease, "_write", lambda self: (time.sleep(0.05), write(self)))
     write_lease(tmp_path, heartbeat=time.time() - STALE_S - 60)
-    leases = [Lease(tmp_path) for _ in range(6)]
+    leases = [Lease(tmp_path) for _ in range(4)]
+    delays = {lease.holder: 0.05 * (1 + place) for place, lease in enumerate(leases)}
+    write = Lease._write
+    monkeypatch.setattr(Lease, "_write", lambda self: (time.sleep(delays[self.holder]), write(self)))
     start, refused = threading.Barrier(len(leases)), []
 
     def acquire(lease):
@@ -328,6 +329,26 @@ def test_a_driver_that_was_slow_to_write_waits_until_one_at_work_has_answered():
     lease = Lease(Store.of("s3://bucket/run?region=us-east-1"))
     assert lease._settling_s(0.1) == module.REMOTE_SETTLE_S
     assert lease._settling_s(20.0) > 20.0 + module.BEAT_S
+
+
+def test_in_a_bucket_a_holder_rides_out_a_short_outage_and_fences_itself_in_a_long_one(
+    server, short_settling, quick, monkeypatch
+):
+    broken = threading.Event()
+    with proxy(server, lambda method, path: CUT if broken.is_set() else None) as port:
+        with holding(Store.of(server.uri("runs/fenced", port=port))) as held:
+            for fence_s, lost in ((60.0, False), (0.5, True)):
+                first = held._beaten
+                wait_for(lambda first=first: held._beaten > first)
+                monkeypatch.setattr(module, "FENCE_S", fence_s)
+                broken.set()
+                if lost:
+                    wait_for(lambda: held.lost)
+                else:
+                    time.sleep(0.1)
+                broken.clear()
+                assert held.lost == lost
+        assert "could not be renewed" in held.why_lost
 
 
 def test_a_store_that_does_not_tell_is_not_taken_for_free(server):

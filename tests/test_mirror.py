@@ -1,6 +1,8 @@
 """A run in an object store: what its driver wrote gets there whole, through outages and crashes, and comes back."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from raychat.storage import Store
 from raychat.tracking.journal import Journal, read_journal
 from raychat.tracking.segments import join_segments, segment_name, segment_names
 from raychat.training import mirror as module
+from raychat.training.lease import Lease, LeaseError
 from raychat.training.mirror import Mirror
 
 
@@ -202,6 +205,16 @@ def test_a_copy_of_another_history_is_set_aside_whole(store, tmp_path, elsewhere
     assert journal_in(store, tmp_path) == theirs
 
 
+def test_a_run_that_begins_anew_takes_nothing_over_from_a_copy_that_was_never_sent(store, tmp_path):
+    crashed = Machine(tmp_path, store)
+    crashed.mirror.pull()
+    crashed.train(0, 3)
+    anew = Machine(tmp_path, store)
+    anew.mirror.pull(fresh=True)
+    assert list(anew.run_dir.iterdir()) == []
+    assert (tmp_path / "d4.other-1" / "metrics.jsonl").exists()
+
+
 def test_what_mlflow_has_is_never_said_to_be_more_than_the_store_has(store, tmp_path, monkeypatch):
     """mlflow.json is read before the journal: its offset must point into what a new machine gets."""
     machine = Machine(tmp_path, store)
@@ -356,6 +369,46 @@ def test_a_pull_from_a_store_that_is_out_changes_nothing(server, tmp_path):
         with pytest.raises(OSError, match=tmp_path.name):
             away.mirror.pull()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from raychat.storage import Store
+from raychat.tracking.journal import Journal
+from raychat.training.lease import Lease
+from raychat.training.mirror import Mirror
+run_dir, store = Path(sys.argv[1]), Store.of(sys.argv[2])
+lease = Lease(store)
+lease.acquire()
+mirror = Mirror(run_dir, store, echo=print, allowed=lambda: not lease.lost, period_s=0.01)
+mirror.pull()
+journal = Journal(run_dir / "metrics.jsonl")
+mirror.start()
+for step in range(1_000_000):
+    journal.log(step, {"train/loss": 1.0})
+    if step % 1000 == 999:
+        print(step, flush=True)
+"""
+
+
+def test_after_a_driver_was_killed_a_new_machine_has_whole_lines_and_the_old_one_everything(server, tmp_path):
+    store, one = Store.of(server.uri(f"runs/{tmp_path.name}")), tmp_path / "one"
+    command = [sys.executable, "-c", DRIVER, str(one / "d4"), store.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as driver:
+        driver.stdout.readline()
+        wait_for(lambda: len(segment_names(store)) >= 3)
+        with pytest.raises(LeaseError, match=f"process {driver.pid} on"):
+            Lease(store).acquire()
+        driver.kill()
+    Lease(store).refuse_if_held()
+    new = Machine(tmp_path / "two", store)
+    new.mirror.pull()
+    assert new.steps() == list(range(len(new.steps())))
+    assert (one / "d4" / "metrics.jsonl").read_bytes().startswith(new.journal.read_bytes())
+    old = begin(one, store)
+    assert old.mirror.close()
+    assert journal_in(store, tmp_path) == old.journal.read_bytes()[: module.whole_lines(old.journal)]
 
 
 def test_threads_end_with_their_mirrors(store, tmp_path):

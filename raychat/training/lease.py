@@ -167,8 +167,6 @@ def read_lease(store: Store | Path) -> dict[str, Any] | None:
     Raises:
         OSError: when the store does not tell.
     """
-    if isinstance(store, Path) and store.name == FILE_NAME:
-        store = store.parent
     try:
         lease = json.loads(Store.of(store).read_bytes(FILE_NAME))
         return lease if {"holder", "host", "pid", "heartbeat"} <= lease.keys() else None

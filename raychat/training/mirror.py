@@ -55,12 +55,13 @@ class Mirror:
         self._wake, self._closing, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="mirror")
 
-    def pull(self) -> None:
+    def pull(self, *, fresh: bool = False) -> None:
         """Make the copy what the run is. To be called when the lease is held, and before anything is read.
 
         The longer journal of the same history wins: another machine may have driven the run since, or what this one
         wrote last did not reach the store. A copy of another history (the tag was begun anew elsewhere, or the run went
-        on elsewhere from before the end of the copy) is renamed, never deleted.
+        on elsewhere from before the end of the copy) is renamed, never deleted, and so is every copy when the run begins
+        anew: `fresh`, for which the store has been cleared.
 
         Raises:
             OSError: when the store or the disk fails; the copy is as it was, or newer.
@@ -68,10 +69,10 @@ class Mirror:
         if self._idle:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        joined = self.run_dir.with_name(f".{self.run_dir.name}.pulled-{uuid.uuid4().hex}")
+        joined = self.run_dir.with_name(f".{self.run_dir.name}.pulled")
         try:
             there = join_segments(self.store, joined)
-            if self._is_another(joined, there):
+            if self._journal.exists() and (fresh or self._is_another(joined, there)):
                 self._set_aside()
             here = whole_lines(self._journal)
             newer = there > here or not self._journal.exists()
@@ -219,8 +220,6 @@ class Mirror:
 
     def _is_another(self, joined: Path, there: int) -> bool:
         """Whether the copy is of another history than the store's `there` bytes."""
-        if not self._journal.exists():
-            return False
         if there == 0:
             return (self.run_dir / MARKER).exists()
         return not _same_start(joined, self._journal, min(there, whole_lines(self._journal)))
@@ -231,7 +230,7 @@ class Mirror:
             number += 1
         self.run_dir.rename(kept)
         self.run_dir.mkdir()
-        self._echo(f"{self.store.uri} went another way than its copy on this machine: the copy is kept in {kept}")
+        self._echo(f"the copy on this machine is of another run than {self.store.uri}: it is kept in {kept}")
 
     def _pull_small_files(self, *, overwrite: bool) -> None:
         there = set(self.store.names())
