@@ -258,6 +258,9 @@ def test_the_late_segment_of_a_driver_that_was_replaced_is_moved_out_of_the_way(
     late = segment_name(machine.mirror._sent)
     store.child("journal").write_bytes(late, b'{"step": 2, "train/loss": 9.0}\n')
     machine.train(2, 4)
+    machine.mirror.push_soon()
+    wait_for(lambda: machine.lines)
+    assert "another driver has written journal/" + late in machine.lines[0]
     assert machine.mirror.close()
     assert journal_in(store, tmp_path) == machine.journal.read_bytes()
     assert [name.startswith(late) for name in store.child("journal-replaced").names()] == [True]

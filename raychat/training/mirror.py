@@ -8,6 +8,7 @@ the next driver on this machine sends it.
 
 import os
 import threading
+import time
 import uuid
 import zlib
 from collections.abc import Callable
@@ -21,7 +22,7 @@ JOURNAL = "metrics.jsonl"
 SMALL_FILES = ("config.json", "plan.json", "summary.json", "mlflow.json", "loss_curve.png")
 MARKER = "mirror.json"
 """in the copy: it has been in the store, so that a store without it holds another run by now"""
-PERIOD_S = 10.0
+PERIOD_S = 10.0  # longer than a driver that was replaced takes to learn of it
 LONGEST_DELAY_S = 300.0
 LARGEST_SEGMENT = 1 << 22  # bytes: a segment is sent, and read, in one request
 SEGMENTS_PER_PERIOD = 100  # a run with this many segments sends half as often: a week's journal is some 3,000
@@ -51,7 +52,8 @@ class Mirror:
         self._sure = self._marked = False  # whether it has just these; whether MARKER is there
         self._segments = 0
         self._crcs: dict[str, int] = {}  # of the small files in the store
-        self._conflict = self._failing = False
+        self._failing = False
+        self._conflict_s: float | None = None  # when another driver's segment was found
         self._wake, self._closing, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="mirror")
 
@@ -158,7 +160,7 @@ class Mirror:
                 continue
             self._sure = False
             folder.write_bytes(name, content)
-            self._sure, self._conflict = True, False
+            self._sure, self._conflict_s = True, None
             self._sent += len(content)
             self._segments += 1
 
@@ -166,7 +168,7 @@ class Mirror:
         """Find out how much of the journal the store has, after a write of which nobody knows whether it arrived.
 
         Segments that hold something else are those of a driver that had been replaced and did not know it. They are
-        renamed, but not at once: it may be this driver that has been replaced, and by the next try it knows.
+        renamed after a period: it may be this driver that has been replaced, and by then it knows.
         """
         names = [name for name in segment_names(self.store) if first_byte(name) >= self._sent]
         end, foreign = self._sent, []
@@ -177,9 +179,10 @@ class Mirror:
                     end += len(content)
                 else:
                     foreign.append(name)
-        if foreign and not self._conflict:
-            self._conflict = True
-            raise OSError(f"another driver has written {FOLDER}/{foreign[0]}")
+        if foreign:
+            self._conflict_s = self._conflict_s or time.monotonic()
+            if time.monotonic() - self._conflict_s < self._period_s:
+                raise OSError(f"another driver has written {FOLDER}/{foreign[0]}")
         for name in foreign:
             if self._may_write():
                 self.store.child(FOLDER).move(
