@@ -5,6 +5,7 @@ drivers that are given `address` connect to the head. Ray has the same in `ray.c
 down its address where any later `ray.init()` of this machine would find and join it.
 """
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -13,6 +14,10 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import (
+    enable_token_auth_by_default,
+    ensure_token_if_auth_enabled,
+)
 from ray._private.node import Node as RayNode
 from ray._private.parameter import RayParams
 from ray._raylet import GcsClient  # pyrefly: ignore[missing-module-attribute]
@@ -46,12 +51,18 @@ class Node:
 class Raylets:
     """A head without worker slots, and nodes one by one. Use it as a context manager.
 
+    Only who has the token of this user (~/.ray/auth_token) can join: `os.environ` says so to processes started later.
+
     The processes end with the thread that made them, also when that is killed: make and `add` from one that lives on.
     """
 
     def __init__(self) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        # As `ray.init()` does for a cluster that it starts. Processes that are to join find it in this environment.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it says that the safe default holds
+        if enable_token_auth_by_default():
+            ensure_token_if_auth_enabled(create_token_if_missing=True)
         self._nodes: list[Node] = []
         self._head = _start(num_cpus=0, head=True, _system_config=dict(SYSTEM_CONFIG))
         self.address: str = self._head.handle.gcs_address
@@ -94,11 +105,7 @@ class Raylets:
 
     def drain(self, node: Node, deadline_s: float) -> None:
         """Give notice that `node` goes away in `deadline_s` seconds, as a preemption notice does. Nothing is killed."""
-        deadline_ms = int((time.time() + deadline_s) * 1000)
-        reason = autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION  # pyrefly: ignore[missing-attribute]
-        accepted, why_not = self._gcs.drain_node(node.node_id, reason, "drill", deadline_ms)
-        if not accepted:
-            raise RuntimeError(f"Ray refused to drain node {node.node_id}: {why_not}")
+        drain_node(self.address, node.node_id, deadline_s)
 
     def kill(self, node: Node) -> None:
         """End `node` as a machine that vanishes: raylet, agents and workers at once, without a word to anybody."""
@@ -134,6 +141,19 @@ class Raylets:
         for node in self.nodes:
             self.remove(node)
         self._head.handle.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+
+
+def drain_node(gcs_address: str, node_id: str, deadline_s: float) -> None:
+    """Tell the cluster at `gcs_address` that a node is taken away in `deadline_s` seconds.
+
+    Raises:
+        RuntimeError: the cluster refused, or the node is gone already.
+    """
+    deadline_ms = int((time.time() + deadline_s) * 1000)
+    reason = autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION  # pyrefly: ignore[missing-attribute]
+    accepted, why_not = GcsClient(address=gcs_address).drain_node(node_id, reason, "drill", deadline_ms)
+    if not accepted:
+        raise RuntimeError(f"Ray refused to drain node {node_id}: {why_not}")
 
 
 def _start(*, head: bool = False, **parameters: Any) -> Node:

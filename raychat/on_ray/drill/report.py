@@ -1,0 +1,54 @@
+"""The table of a drill: on the console, as markdown and as CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from raychat.atomic import write_text
+from raychat.on_ray.drill.measure import Row
+
+HEAD = ("run", "fault", "at step", "detected after", "resumed after", "replayed", "equal", "goodput", "note")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as a person reads it."""
+    return (
+        row.run,
+        row.fault,
+        str(row.step),
+        _seconds(row.detected_s),
+        _seconds(row.resumed_s),
+        f"{row.replayed}",
+        "yes" if row.equal else "NO",
+        f"{row.goodput:.0%}",
+        row.note,
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, with columns as wide as they need to be on a console."""
+    lines = [HEAD, *map(cells, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD))]
+    texts = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    texts.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(texts)
+
+
+def write(path: Path, rows: Sequence[Row], facts: Sequence[str]) -> None:
+    """Write the rows to `path`: CSV when its name ends so, else markdown with what else is known below the table."""
+    if path.suffix != ".csv":
+        write_text(path, "\n".join([table(rows), "", *(f"- {fact}" for fact in facts)]) + "\n")
+        return
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    fields = list(Row.__dataclass_fields__)
+    writer.writerow(fields)
+    writer.writerows([getattr(row, field) for field in fields] for row in rows)
+    write_text(path, text.getvalue())
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}s"
