@@ -99,8 +99,8 @@ class Store(ABC):
         """The content of a file, block by block."""
 
     @abstractmethod
-    def upload(self, name: str, source: Path) -> None:
-        """Copy the local file `source` here, whole or not at all; replaces what was there."""
+    def write_blocks(self, name: str, blocks: Iterable[bytes | memoryview]) -> int:
+        """Write a file from its pieces, whole or not at all; replaces what was there. Returns its CRC-32."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -114,9 +114,14 @@ class Store(ABC):
     def free_bytes(self) -> int | None:
         """Bytes that can still be written; None where there is no limit."""
 
-    @abstractmethod
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file, whole or not at all; replaces what was there."""
+        self.write_blocks(name, [data])
+
+    def upload(self, name: str, source: Path) -> None:
+        """Copy the local file `source` here, whole or not at all; replaces what was there."""
+        with source.open("rb") as file:
+            self.write_blocks(name, iter(lambda: file.read(BLOCK), b""))
 
     def read_bytes(self, name: str) -> bytes:
         """The content of a file."""
@@ -186,12 +191,8 @@ class _Folder(Store):
     def crc32(self, name: str) -> int:
         return crc32(self.path / name)
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        _write_whole(self.path / name, [data])
-
-    def upload(self, name: str, source: Path) -> None:
-        with source.open("rb") as file:
-            _write_whole(self.path / name, iter(lambda: file.read(BLOCK), b""))
+    def write_blocks(self, name: str, blocks: Iterable[bytes | memoryview]) -> int:
+        return _write_whole(self.path / name, blocks)
 
     def delete(self, name: str) -> None:
         found = self.path / name
@@ -250,21 +251,15 @@ class _Bucket(Store):
             while block := stream.read(BLOCK):
                 yield block
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        self._write(name, [data])
-
-    def upload(self, name: str, source: Path) -> None:
-        with source.open("rb") as file:
-            self._write(name, iter(lambda: file.read(BLOCK), b""))
-
-    def _write(self, name: str, blocks: Iterable[bytes]) -> None:
+    def write_blocks(self, name: str, blocks: Iterable[bytes | memoryview]) -> int:
         # Not by pyarrow's copy_files: in version 25 it does not report an upload that failed.
         fs, base = self._open()
-        path = f"{base}/{name}".rstrip("/")
+        path, value = f"{base}/{name}".rstrip("/"), 0
         with _os_errors():
             stream = fs.open_output_stream(path)
             try:
                 for block in blocks:
+                    value = zlib.crc32(block, value)
                     stream.write(block)
             except BaseException:
                 with suppress(OSError):
@@ -272,6 +267,7 @@ class _Bucket(Store):
                     fs.delete_file(path)
                 raise
             stream.close()
+        return value
 
     def delete(self, name: str) -> None:
         fs, base = self._open()
@@ -300,7 +296,7 @@ class _Bucket(Store):
                 if entry.type == pafs.FileType.File and fs is target_fs and entry.size < LARGEST_COPY:
                     fs.copy_file(entry.path, f"{target_base}/{tail}".rstrip("/"))
                 elif entry.type == pafs.FileType.File:
-                    target._write(tail, self.blocks(f"{name}/{tail}".rstrip("/")))
+                    target.write_blocks(tail, self.blocks(f"{name}/{tail}".rstrip("/")))
         self.delete(name)
 
     def free_bytes(self) -> int | None:
@@ -378,7 +374,7 @@ def _os_errors() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def _write_whole(target: Path, blocks: Iterable[bytes]) -> int:
+def _write_whole(target: Path, blocks: Iterable[bytes | memoryview]) -> int:
     """Write a local file whole or not at all; returns the CRC-32 of what was written."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")

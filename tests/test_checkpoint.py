@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from raychat.errors import CheckpointError
 from raychat.model import GPT, GPTConfig
 from raychat.optim import build_optimizer
-from raychat.training import checkpoint
+from raychat.training import checkpoint, saver
 from raychat.training.world import World
 
 SHAPE = {
@@ -39,18 +39,18 @@ def trained(steps: int = 2, seed: int = 0):
     return model, optimizer
 
 
-def meta(step: int, val_bpb: float | None = None) -> dict:
-    return {"step": step, "state": {"val_bpb": val_bpb, "val_step": step}}
+def meta(step: int, val_bpb: float | None = None, *, tag: str = "tag") -> dict:
+    return {"step": step, "state": {"val_bpb": val_bpb, "val_step": step}, "config": {"model_tag": tag}, "attempt": 1}
 
 
 def save_here(root, step: int = 2, val_bpb: float | None = None):
     model, optimizer = trained()
-    return checkpoint.save(root, model, optimizer, meta(step, val_bpb), World())
+    return saver.save(root, model, optimizer, meta(step, val_bpb), World()).path
 
 
 def test_saved_and_loaded_is_the_same_bit_for_bit(tmp_path):
     model, optimizer = trained()
-    path = checkpoint.save(tmp_path, model, optimizer, meta(2), World())
+    path = saver.save(tmp_path, model, optimizer, meta(2), World())
     other, its = trained(steps=1, seed=5)
     checkpoint.verify(path).load(other, its)
     for name, tensor in model.state_dict().items():
@@ -64,6 +64,7 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(tmp_path):
 def test_only_the_named_files_are_there_and_no_pickle(tmp_path):
     names = sorted(path.name for path in save_here(tmp_path).iterdir())
     assert names == [
+        "COMMITTED.json",
         "MANIFEST.rank00000.json",
         "checkpoint.json",
         "model.safetensors",
@@ -72,27 +73,69 @@ def test_only_the_named_files_are_there_and_no_pickle(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optim-00000-of-00001.safetensors", "checkpoint.json"])
+FILES = [
+    "model.safetensors",
+    "optim-00000-of-00001.safetensors",
+    "checkpoint.json",
+    "MANIFEST.rank00000.json",
+    "COMMITTED.json",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
-def test_every_kind_of_damage_to_every_file_is_noticed(tmp_path, name, harm):
+def test_every_kind_of_damage_to_every_file_is_noticed_and_named(tmp_path, name, harm):
     file = save_here(tmp_path) / name
     data = bytearray(file.read_bytes())
     if harm == "flip":
-        data[-3] ^= 1  # in the payload: safetensors itself loads such a file without a word
+        data[-3] ^= 16  # in the payload: safetensors itself loads such a file without a word
         file.write_bytes(data)
     elif harm == "cut":
         file.write_bytes(data[:-1])
     else:
         file.unlink()
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=name):
         checkpoint.verify(file.parent)
 
 
-def test_missing_manifest_of_a_rank_is_noticed(tmp_path):
-    path = save_here(tmp_path)
-    manifest = path / "MANIFEST.rank00000.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"world_size": 2}))
-    with pytest.raises(CheckpointError, match="manifests of 1 ranks"):
+@pytest.mark.parametrize("name", ["MANIFEST.rank00000.json", "COMMITTED.json", "checkpoint.json"])
+def test_no_flipped_byte_of_a_small_file_passes(tmp_path, name):
+    file = save_here(tmp_path) / name
+    good = file.read_bytes()
+    for position in range(0, len(good), 37):
+        file.write_bytes(good[:position] + bytes([good[position] ^ 4]) + good[position + 1 :])
+        with pytest.raises(CheckpointError):
+            checkpoint.verify(file.parent)
+
+
+@pytest.mark.parametrize(("other", "told"), [({"tag": "else"}, "step 2 of attempt 1 of else"), ({"step": 4}, "step 4")])
+@pytest.mark.parametrize("name", ["MANIFEST.rank00000.json", "COMMITTED.json"])
+def test_files_of_another_run_or_step_are_noticed_and_named(tmp_path, name, other, told):
+    """Both checkpoints are good; only together they are not one."""
+    here = save_here(tmp_path / "here")
+    model, optimizer = trained()
+    there = saver.save(tmp_path / "there", model, optimizer, meta(**{"step": 2, **other}), World()).path
+    shutil.copy(there / name, here / name)
+    with pytest.raises(CheckpointError, match=f"{name} belongs to .*{told}"):
+        checkpoint.verify(here)
+
+
+def test_weights_of_another_save_of_the_same_step_are_noticed(tmp_path):
+    here = save_here(tmp_path / "here")
+    model, optimizer = trained(seed=3)
+    there = saver.save(tmp_path / "there", model, optimizer, meta(2), World()).path
+    for name in ("model.safetensors", "MANIFEST.rank00000.json"):
+        shutil.copy(there / name, here / name)
+    with pytest.raises(CheckpointError, match=r"MANIFEST.rank00000.json (is damaged|has)"):
+        checkpoint.verify(here)
+
+
+@pytest.mark.parametrize("name", ["MANIFEST.rank00001.json", "optim-00001-of-00002.safetensors"])
+def test_missing_file_of_a_rank_is_noticed(tmp_path, name):
+    run_ranks(_save_rank, 2, tmp_path)
+    path = tmp_path / "step_00000002"
+    (path / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
         checkpoint.verify(path)
 
 
@@ -121,40 +164,30 @@ def test_checkpoint_is_never_written_over(tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in first.iterdir()} == before
 
 
-@pytest.mark.parametrize("where", ["save_file", "write_json", "sync_folder"])
-def test_save_that_fails_at_any_point_leaves_nothing(tmp_path, monkeypatch, where):
+def test_orphans_are_deleted_and_nothing_else(tmp_path):
+    """What killed saves leave is of no use; what a person put there may be."""
     save_here(tmp_path, 2)
-
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, where, full_disk)
-    with pytest.raises(CheckpointError, match="No space left"):
-        save_here(tmp_path, 4)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
-    assert checkpoint.newest(tmp_path, echo=print).step == 2
-
-
-def test_save_is_refused_before_it_begins_when_the_disk_is_too_small(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match="0.0 GB free and a checkpoint needs"):
-        save_here(tmp_path)
-
-
-def test_leftovers_of_a_killed_save_are_cleared_by_the_next(tmp_path):
-    staging = tmp_path / ".step_00000002.tmp"
-    staging.mkdir()
-    (staging / "model.safetensors").write_bytes(b"half")
-    checkpoint.verify(save_here(tmp_path))
-    assert not staging.exists()
+    for name in (".step_00000004.0123.tmp", ".step_00000004.tmp", "damaged-1", ".hidden", "notes.tmp"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.prune_orphans(tmp_path) == [".step_00000004.0123.tmp", ".step_00000004.tmp"]
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "damaged-1", "notes.tmp", "step_00000002"]
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     for step, bpb in ((1, 2.0), (2, 1.0), (3, 1.5), (4, 1.4), (5, None)):
         save_here(tmp_path, step, bpb)
-    checkpoint.prune(tmp_path, keep_last=2)
+    assert checkpoint.prune(tmp_path, keep_last=2) == [3, 1]
     assert checkpoint.steps(tmp_path) == [5, 4, 2]
+
+
+def test_room_is_made_oldest_first_but_of_neither_the_newest_nor_the_best(tmp_path):
+    for step, bpb in ((1, 2.0), (2, 1.0), (3, 1.5), (4, 1.4)):
+        save_here(tmp_path, step, bpb)
+    left = []
+    while checkpoint.make_room(tmp_path):
+        left.append(checkpoint.steps(tmp_path))
+    assert left == [[4, 3, 2], [4, 2]]
+    assert sorted(os.listdir(tmp_path)) == ["step_00000002", "step_00000004"]
 
 
 def test_rollback_moves_later_checkpoints_aside(tmp_path):
@@ -168,7 +201,7 @@ def test_rollback_moves_later_checkpoints_aside(tmp_path):
 def _save_rank(root) -> str:
     model, optimizer = trained()
     world = World(dist.get_rank(), dist.get_world_size())
-    return str(checkpoint.save(root, model, optimizer, meta(2), world))
+    return saver.save(root, model, optimizer, meta(2), world).uri
 
 
 def _load_rank(path) -> tuple:
@@ -205,12 +238,21 @@ def test_optimizer_files_of_ranks_add_up_to_the_whole_state(tmp_path):
     assert all(file for file in files)
 
 
+def test_moving_aside_twice_under_one_name_loses_nothing(tmp_path):
+    """An attempt that died before it was counted leaves its name to the next."""
+    for _ in range(2):
+        save_here(tmp_path, 3)
+        checkpoint.set_aside_after(tmp_path, 1, "damaged-2")
+    assert sorted(os.listdir(tmp_path / "damaged-2")) == ["step_00000003", "step_00000003.2"]
+
+
 def test_state_that_is_not_there_is_named(tmp_path):
     path = save_here(tmp_path)
+    found = checkpoint.verify(path)
     manifest = path / "MANIFEST.rank00000.json"
     content = json.loads(manifest.read_text())
     del content["slices"]["lm_head.weight/exp_avg"]
     manifest.write_text(json.dumps(content))
     model, optimizer = trained(steps=0)
     with pytest.raises(CheckpointError, match="lm_head.weight/exp_avg"):
-        checkpoint.verify(path).load(model, optimizer)
+        found.load(model, optimizer)

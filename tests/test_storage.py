@@ -197,7 +197,7 @@ def test_upload_whose_source_breaks_off_leaves_no_object(server, tmp_path):
         raise OSError(5, "Input/output error")
 
     with pytest.raises(OSError, match="Input/output"):
-        store._write("x", blocks())
+        store.write_blocks("x", blocks())
     assert store.names() == []
 
 

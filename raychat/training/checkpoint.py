@@ -5,57 +5,77 @@
       optim-00000-of-00002.safetensors       what rank 0 owns of the optimizer state: "<parameter>/<state>"
       checkpoint.json                        the state of the loop, the data and the run
       MANIFEST.rank00000.json                size and CRC-32 of the files that rank 0 wrote, and which rows they hold
+      COMMITTED.json                         size and CRC-32 of the manifests: written last (format 2)
 
-Ranks write into a hidden staging folder on a file system they share; rank 0 renames it when all have. No pickle.
+On a file system the folder appears at once, by a rename. In an object store it grows file by file: without
+COMMITTED.json it does not exist. No pickle. `saver.py` writes them.
 """
 
+import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from raychat.atomic import crc32, sync_folder, write_json
 from raychat.errors import CheckpointError
 from raychat.model import GPT
 from raychat.optim import MuonAdamW
+from raychat.storage import Store
 from raychat.training.world import World
 
-FORMAT = 1
-META, MODEL = "checkpoint.json", "model.safetensors"
-SPARE = 1.1  # free space asked for, over the size of what is written
+FORMAT = 2
+READABLE = (1, 2)
+META, MODEL, MARKER = "checkpoint.json", "model.safetensors", "COMMITTED.json"
+
+Place = Store | Path | str
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint on storage. `meta` is the content of checkpoint.json."""
 
-    path: Path
+    store: Store
     meta: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Its folder. Raises ValueError in an object store."""
+        return self.store.path
 
     @property
     def step(self) -> int:
         """Optimizer steps taken when it was written."""
         return self.meta["step"]
 
-    def load(self, model: GPT, optimizer: MuonAdamW | None = None) -> None:
-        """Put the weights, and the part of the optimizer state that this rank owns, in place."""
-        device = next(model.parameters()).device
-        state = load_file(self.path / MODEL, device=str(device))
-        own = model.state_dict()
-        for name, tensor in own.items():  # a change of precision changes how embeddings are stored
-            state[name] = state[name].to(tensor.dtype)
-        model.load_state_dict(state, strict=True)
-        if optimizer is not None:
-            optimizer.step_count = self.meta["optimizer_steps"]
-            optimizer.load_owned_state(_SliceReader(self.path).read)
+    def load(self, model: GPT, optimizer: MuonAdamW | None = None, world: World | None = None) -> None:
+        """Put the weights, and the part of the optimizer state that this rank owns, in place.
+
+        From an object store the first rank of each node downloads it, for all ranks there: every rank of `world` calls
+        this. Without a world a rank downloads for itself.
+
+        Raises:
+            CheckpointError: on every rank, when it does not suit the model, or could not be downloaded as it was saved.
+        """
+        with _at_hand(self.store, world or World()) as folder:
+            device = next(model.parameters()).device
+            state = load_file(folder / MODEL, device=str(device))
+            own = model.state_dict()
+            for name, tensor in own.items():  # a change of precision changes how embeddings are stored
+                state[name] = state[name].to(tensor.dtype)
+            model.load_state_dict(state, strict=True)
+            if optimizer is not None:
+                optimizer.step_count = self.meta["optimizer_steps"]
+                optimizer.load_owned_state(_SliceReader(folder).read)
 
 
 def folder_name(step: int) -> str:
@@ -63,116 +83,254 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(root: Path, model: GPT, optimizer: MuonAdamW, meta: dict[str, Any], world: World) -> Path:
-    """Write the checkpoint of `meta["step"]` under `root`. Every rank calls this; `meta` is rank 0's.
-
-    Raises:
-        CheckpointError: on every rank when any of them could not write. Nothing is left behind.
-    """
-    final = root / folder_name(meta["step"])
-    if world.broadcast(final.exists()):
-        return final
-    staging = root / f".{final.name}.tmp"
-    problem = _attempt(lambda: _make_staging(staging, model, world)) if world.rank == 0 else None
-    if problem := world.broadcast(problem):
-        raise CheckpointError(f"no checkpoint at step {meta['step']}: {problem}")
-    problems = world.gather(_attempt(lambda: _write_rank(staging, model, optimizer, meta, world)))
-    if world.rank == 0 and not any(problems):
-        problems = [_attempt(lambda: _commit(staging, final))]
-    problems = world.broadcast([problem for problem in problems if problem])
-    if problems:
-        if world.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(f"no checkpoint at step {meta['step']}: {problems[0]}")
-    return final
+def manifest_name(rank: int) -> str:
+    """Name of the manifest of `rank`."""
+    return f"MANIFEST.rank{rank:05d}.json"
 
 
-def trusted(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, which the driver has just verified: ranks need not all read it twice."""
-    return Checkpoint(path, read_meta(path))
+def optimizer_name(rank: int, world_size: int) -> str:
+    """Name of the file with the optimizer state of `rank`."""
+    return f"optim-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def read_meta(path: Path) -> dict[str, Any]:
+def identity(meta: dict[str, Any]) -> dict[str, Any]:
+    """What tells the files of one checkpoint from those of another: its run, its step and how many ranks wrote it."""
+    settings = json.dumps([meta.get("config"), meta.get("fingerprint")], sort_keys=True)
+    tag = meta.get("config", {}).get("model_tag", "")
+    run = f"{tag or 'run'}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    return {"run": run, "step": meta["step"], "attempt": meta.get("attempt")}
+
+
+def save(root: Place, model: GPT, optimizer: MuonAdamW, meta: dict[str, Any], world: World) -> Path:
+    """The synchronous save of `saver.py`."""
+    from raychat.training import saver
+
+    return saver.save(Store.of(root), model, optimizer, meta, world).path
+
+
+def trusted(place: Place) -> Checkpoint:
+    """The checkpoint at `place`, which the driver has just verified: ranks need not all read it twice."""
+    return Checkpoint(Store.of(place), read_meta(place))
+
+
+def read_meta(place: Place) -> dict[str, Any]:
     """The content of a checkpoint's checkpoint.json, without verifying the rest."""
-    return json.loads((path / META).read_text())
+    return json.loads(Store.of(place).read_bytes(META))
 
 
-def verify(path: Path) -> Checkpoint:
-    """The checkpoint at `path` after reading every byte of it.
+def verify(place: Place) -> Checkpoint:
+    """The checkpoint at `place` after reading every byte of it.
 
     Raises:
-        CheckpointError: naming the first file that is missing, cut short or damaged.
+        CheckpointError: naming the first file that is missing, cut short, damaged or of another checkpoint.
+        OSError: when an object store cannot be reached, which says nothing about the checkpoint.
     """
+    store = Store.of(place)
+    meta = _parsed(store, META)
+    if not isinstance(meta, dict) or meta.get("format") not in READABLE:
+        found = meta.get("format") if isinstance(meta, dict) else None
+        raise CheckpointError(f"{store} has format {found}, this version reads {' and '.join(map(str, READABLE))}")
     try:
-        manifests = [json.loads(file.read_text()) for file in sorted(path.glob("MANIFEST.rank*.json"))]
-        meta = json.loads((path / META).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {meta.get('format')}, this version reads {FORMAT}")
-    if not manifests or len(manifests) != manifests[0]["world_size"]:
-        raise CheckpointError(f"{path} holds the manifests of {len(manifests)} ranks, not of all")
-    for manifest in manifests:
-        for name, (size, crc) in manifest["files"].items():
-            file = path / name
-            found = file.stat().st_size if file.exists() else None
-            if found != size:
-                raise CheckpointError(f"{file} has {found} bytes instead of {size}")
-            if crc32(file) != crc:
-                raise CheckpointError(f"{file} is damaged: its checksum is wrong")
-    return Checkpoint(path, meta)
+        for manifest in _manifests(store, meta).values():
+            for name, entry in manifest["files"].items():
+                _check_file(store, name, entry)
+    except (KeyError, TypeError, AttributeError) as error:  # JSON that says something else than was written
+        raise CheckpointError(f"{store} is damaged: {MARKER} or a manifest lacks {error}") from error
+    return Checkpoint(store, meta)
 
 
-def steps(root: Path) -> list[int]:
+def steps(root: Place) -> list[int]:
     """Steps of the checkpoints under `root`, newest first, verified or not."""
-    found = (re.fullmatch(r"step_(\d{8})", path.name) for path in root.glob("step_*"))
-    return sorted((int(match[1]) for match in found if match), reverse=True)
+    store = Store.of(root)
+    found = sorted(
+        (int(match[1]) for name in store.names() if (match := re.fullmatch(r"step_(\d{8})", name))), reverse=True
+    )
+    return [step for step in found if store.is_local or store.exists(f"{folder_name(step)}/{MARKER}")]
 
 
-def newest(root: Path, *, echo: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies; those that do not are named and left where they are."""
-    for step in steps(root):
+def newest(root: Place, *, echo: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies; those that do not are named and left where they are.
+
+    Raises:
+        OSError: when an object store cannot be reached: going back to an older checkpoint for that would be wrong.
+    """
+    store = Store.of(root)
+    for step in steps(store):
         try:
-            return verify(root / folder_name(step))
+            return verify(store.child(folder_name(step)))
         except CheckpointError as error:
             echo(f"checkpoint skipped: {error}")
     return None
 
 
-def prune(root: Path, keep_last: int) -> list[Path]:
-    """Delete all but the newest `keep_last` checkpoints and the best one by val_bpb; returns what was deleted."""
-    ordered = steps(root)
-    keep = set(ordered[:keep_last])
-    best: tuple[float, int] | None = None
-    for step in ordered:
-        try:
-            state = read_meta(root / folder_name(step))["state"]
-            val_bpb = state["val_bpb"] if state["val_step"] == step else None  # else it is of an earlier step
-        except (OSError, ValueError, KeyError):
-            continue
-        if val_bpb is not None and (best is None or val_bpb < best[0]):
-            best = (val_bpb, step)
-    if best:
-        keep.add(best[1])
-    gone = [root / folder_name(step) for step in ordered if step not in keep]
-    for path in gone:
-        shutil.rmtree(path, ignore_errors=True)
+def prune(root: Place, keep_last: int) -> list[int]:
+    """Delete all but the newest `keep_last` checkpoints and the best one by val_bpb; returns the steps of those deleted."""
+    store = Store.of(root)
+    gone = _dispensable(store, keep_last)
+    for step in gone:
+        remove(store, step)
     return gone
 
 
-def set_aside_after(root: Path, step: int, name: str) -> list[int]:
+def make_room(root: Place) -> bool:
+    """Delete the oldest checkpoint that is neither the newest nor the best. False: there is none."""
+    store = Store.of(root)
+    gone = _dispensable(store, keep_last=1)
+    if gone:
+        remove(store, gone[-1])
+    return bool(gone)
+
+
+def remove(root: Place, step: int) -> None:
+    """Delete the checkpoint of `step`. Interrupted, it leaves an orphan and not half a checkpoint."""
+    store, name = Store.of(root), folder_name(step)
+    if store.is_local:
+        staging = f".{name}.{uuid.uuid4().hex}.tmp"
+        store.move(name, store.child(staging))
+        store.delete(staging)
+    else:
+        store.delete(f"{name}/{MARKER}")
+        store.delete(name)
+
+
+def prune_orphans(root: Place) -> list[str]:
+    """Delete what killed saves left: staging folders, and folders in an object store without a marker. Returns their names.
+
+    For the holder of the run's lease only, while no save is in flight.
+    """
+    store = Store.of(root)
+    orphans = [name for name in store.names() if re.fullmatch(r"\.step_\d{8}\..*tmp", name)]
+    if not store.is_local:
+        folders = [name for name in store.names() if re.fullmatch(r"step_\d{8}", name)]
+        orphans += [name for name in folders if not store.exists(f"{name}/{MARKER}")]
+    for name in orphans:
+        store.delete(name)
+    return orphans
+
+
+def set_aside_after(root: Place, step: int, name: str) -> list[int]:
     """Move checkpoints later than `step` to the folder `name`: nothing is deleted by going back. Returns their steps."""
-    later = [found for found in steps(root) if found > step]
+    store = Store.of(root)
+    later = [found for found in steps(store) if found > step]
     for found in later:
-        target = root / name / folder_name(found)
-        target.parent.mkdir(exist_ok=True)
-        (root / folder_name(found)).rename(target)
+        target, number = f"{name}/{folder_name(found)}", 1
+        while store.exists(target):  # an attempt that died before it was counted had the same name
+            number += 1
+            target = f"{name}/{folder_name(found)}.{number}"
+        store.move(folder_name(found), store.child(*target.split("/")))
     return later
 
 
 def estimated_bytes(num_params: int) -> int:
     """Size of a checkpoint in float32: weights and, for most of them, two moments."""
     return num_params * 12
+
+
+def _dispensable(store: Store, keep_last: int) -> list[int]:
+    """Steps that are neither among the newest nor the best, newest first."""
+    ordered = steps(store)
+    keep = set(ordered[:keep_last])
+    best: tuple[float, int] | None = None
+    for step in ordered:
+        try:
+            state = read_meta(store.child(folder_name(step)))["state"]
+            val_bpb = state["val_bpb"] if state["val_step"] == step else None  # else it is of an earlier step
+        except (FileNotFoundError, ValueError, KeyError):
+            continue
+        if val_bpb is not None and (best is None or val_bpb < best[0]):
+            best = (val_bpb, step)
+    return [step for step in ordered if step not in keep and (best is None or step != best[1])]
+
+
+def _manifests(store: Store, meta: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The manifests of all ranks by file name, which belong together and to `meta`."""
+    if meta["format"] == 1:
+        names = [name for name in store.names() if re.fullmatch(r"MANIFEST\.rank\d+\.json", name)]
+    else:
+        names = _committed(store, meta)
+    manifests = {name: _parsed(store, name) for name in names}
+    if len(manifests) not in {manifest["world_size"] for manifest in manifests.values()}:
+        raise CheckpointError(f"{store} holds the manifests of {len(manifests)} ranks, not of all")
+    return manifests
+
+
+def _committed(store: Store, meta: dict[str, Any]) -> list[str]:
+    """Names of the manifests in the marker, after a look at whose they are and whether they are as they were written."""
+    marker, mine = _parsed(store, MARKER), identity(meta)
+    for name, entry in {MARKER: None, **marker["manifests"]}.items():
+        content = marker if entry is None else _parsed(store, name)
+        theirs = {key: content[key] for key in mine}
+        if theirs != mine:
+            raise CheckpointError(f"{store.child(name)} belongs to {_shown(theirs)}, and {META} to {_shown(mine)}")
+        if entry is not None:
+            _check_file(store, name, entry)
+    return list(marker["manifests"])
+
+
+def _shown(whose: dict[str, Any]) -> str:
+    return f"step {whose['step']} of attempt {whose['attempt']} of {whose['run']}"
+
+
+def _parsed(store: Store, name: str) -> Any:
+    with _as_damage(store, name):
+        return json.loads(store.read_bytes(name))
+
+
+def _check_file(store: Store, name: str, entry: list[int]) -> None:
+    size, crc = entry
+    with _as_damage(store, name):
+        found = store.size(name)
+        if found != size:
+            raise CheckpointError(f"{store.child(name)} has {found} bytes instead of {size}")
+        if store.crc32(name) != crc:
+            raise CheckpointError(f"{store.child(name)} is damaged: its checksum is wrong")
+
+
+@contextmanager
+def _as_damage(store: Store, name: str) -> Iterator[None]:
+    """What shows that a file is not as it was written, as CheckpointError; a network that is down shows nothing."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{store.child(name)} is missing") from error
+    except ValueError as error:
+        raise CheckpointError(f"{store.child(name)} is damaged: {error}") from error
+    except OSError as error:
+        if not store.is_local:
+            raise
+        raise CheckpointError(f"{store.child(name)} cannot be read: {error}") from error
+
+
+@contextmanager
+def _at_hand(store: Store, world: World) -> Iterator[Path]:
+    """A local folder with the checkpoint's files, for as long as the block lasts."""
+    if store.is_local:
+        yield store.path
+        return
+    folder = Path(tempfile.gettempdir()) / f"raychat-{world.broadcast(uuid.uuid4().hex)}"
+    try:
+        problems = world.gather(_download(store, folder) if world.local_rank == 0 else None)
+        if problem := next((problem for problem in problems if problem), None):
+            raise CheckpointError(problem)
+        yield folder
+        world.gather(None)  # the other ranks of this node read it too
+    finally:
+        if world.local_rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(store: Store, folder: Path) -> str | None:
+    """Bring the checkpoint to `folder`; why that failed, or None."""
+    try:
+        folder.mkdir()
+        for own_name, manifest in _manifests(store, _parsed(store, META)).items():
+            (folder / own_name).write_text(json.dumps(manifest))
+            for name, (_, crc) in manifest["files"].items():
+                if store.download(name, folder / name) != crc:
+                    return f"{store.child(name)} is damaged: its checksum is wrong"
+    except (OSError, CheckpointError) as error:
+        return f"{store} could not be brought to {folder}: {error}"
+    return None
 
 
 class _SliceReader:
@@ -196,52 +354,3 @@ class _SliceReader:
         if rows != stop - first:
             raise CheckpointError(f"optimizer state {key!r} has {rows} of the rows {first} to {stop}")
         return torch.cat(parts)
-
-
-def _attempt(action: Callable[[], object]) -> str | None:
-    """Why `action` failed for want of a disk, or None: ranks agree on an outcome instead of leaving each other."""
-    try:
-        action()
-    except Exception as error:  # noqa: BLE001 - safetensors and the file system raise many kinds
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _make_staging(staging: Path, model: GPT, world: World) -> None:
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.parent.mkdir(parents=True, exist_ok=True)
-    need = SPARE * estimated_bytes(sum(p.numel() for p in model.parameters()))
-    free = shutil.disk_usage(staging.parent).free
-    if free < need:
-        raise OSError(f"{staging.parent} has {free / 1e9:.1f} GB free and a checkpoint needs {need / 1e9:.1f} GB")
-    staging.mkdir()
-
-
-def _write_rank(staging: Path, model: GPT, optimizer: MuonAdamW, meta: dict[str, Any], world: World) -> None:
-    owned = optimizer.owned_state()
-    optimizer_file = f"optim-{world.rank:05d}-of-{world.world_size:05d}.safetensors"
-    save_file({key: tensor.contiguous().cpu() for key, (_, tensor) in owned.items()}, staging / optimizer_file)
-    names = [optimizer_file]
-    if world.rank == 0:
-        weights = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-        save_file(weights, staging / MODEL)
-        write_json(staging / META, meta | {"format": FORMAT, "optimizer_steps": optimizer.step_count})
-        names += [MODEL, META]
-    files = {}
-    for name in names:
-        with (staging / name).open("rb") as file:
-            os.fsync(file.fileno())
-        files[name] = [(staging / name).stat().st_size, crc32(staging / name)]
-    manifest = {
-        "world_size": world.world_size,
-        "files": files,
-        "optimizer_file": optimizer_file,
-        "slices": {key: [first, first + len(tensor)] for key, (first, tensor) in owned.items()},
-    }
-    write_json(staging / f"MANIFEST.rank{world.rank:05d}.json", manifest)
-
-
-def _commit(staging: Path, final: Path) -> None:
-    sync_folder(staging)
-    staging.rename(final)
-    sync_folder(final.parent)

@@ -1,7 +1,8 @@
 """Which rank this process is, and the few things that ranks do together. One process needs no process group."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,13 +11,17 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of a run; `local_*` count those on this machine, `device_index` is its GPU."""
+    """This process among the ranks of a run; `local_*` count those on this machine, `device_index` is its GPU.
+
+    `group` is the process group that it talks through; None: the default one.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
     device_index: int = 0
+    group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
     def from_environment() -> "World":
@@ -27,13 +32,19 @@ class World:
         )
         return World(rank, world_size, local_rank, local_world_size, device_index=local_rank)
 
+    def apart(self, timeout: timedelta) -> "World":
+        """The same ranks on a gloo group of their own, for another thread to talk through. Every rank calls this."""
+        if self.world_size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timeout))
+
     def sum(self, values: list[float], device: torch.device) -> list[float]:
         """Sums of `values` over the ranks, in float64 where the device has it."""
         if self.world_size == 1:
             return values
         dtype = torch.float32 if device.type == "mps" else torch.float64
         tensor = torch.tensor(values, dtype=dtype, device=device)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.group)
         return tensor.tolist()
 
     def broadcast(self, value: Any) -> Any:
@@ -41,7 +52,7 @@ class World:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -49,5 +60,5 @@ class World:
         if self.world_size == 1:
             return [value]
         boxes: list[Any] = [None] * self.world_size
-        dist.all_gather_object(boxes, value)
+        dist.all_gather_object(boxes, value, group=self.group)
         return boxes

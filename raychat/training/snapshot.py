@@ -1,0 +1,91 @@
+"""What a rank saves, copied into host memory that is used again for each save, in the layout of a safetensors file.
+
+Training waits for the copy only. The file is the buffer: writing it needs neither a second copy nor torch.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+
+import torch
+
+BLOCK = 1 << 22  # bytes handed on at a time: large enough to be quick, small enough to stay in the cache for the CRC
+ALIGNMENT = 8
+DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+Layout = list[tuple[str, torch.dtype, torch.Size]]
+
+
+class HostFile:
+    """The bytes of a safetensors file that holds tensors of a given layout.
+
+    Source of the format: https://huggingface.co/docs/safetensors/index#format (8 bytes length, JSON, tensors).
+    """
+
+    def __init__(self, layout: Layout, *, pinned: bool) -> None:
+        self.layout = layout
+        entries, offsets, end = {}, {}, 0
+        for name, dtype, shape in sorted(layout, key=lambda entry: (-entry[1].itemsize, entry[0])):  # keeps all aligned
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            offsets[name] = (start, end)
+        head = json.dumps(entries, separators=(",", ":")).encode()
+        head += b" " * (-len(head) % ALIGNMENT)
+        head = len(head).to_bytes(8, "little") + head
+        self._flat = torch.empty(len(head) + end, dtype=torch.uint8, pin_memory=pinned)
+        self._flat[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        self._views = {
+            name: self._flat[len(head) + offsets[name][0] : len(head) + offsets[name][1]].view(dtype).view(shape)
+            for name, dtype, shape in layout
+        }
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._flat.numel()
+
+    def fill(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy `tensors`, which have the layout; from a GPU without waiting for it."""
+        for name, view in self._views.items():
+            view.copy_(tensors[name].detach(), non_blocking=self._flat.is_pinned())
+
+    def blocks(self) -> Iterator[memoryview]:
+        """The content, piece by piece, not copied."""
+        content = self._flat.numpy().data
+        return (content[start : start + BLOCK] for start in range(0, len(content), BLOCK))
+
+
+class Snapshot:
+    """Tensors of one rank as they were at the last `take`, as files in host memory."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, HostFile] = {}
+        """by file name"""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+    def take(self, contents: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Copy tensors, given by file name and name. Afterwards they may change."""
+        on_gpu = False
+        for name, tensors in contents.items():
+            layout = [(key, tensor.dtype, tensor.shape) for key, tensor in tensors.items()]
+            gpu = any(tensor.is_cuda for tensor in tensors.values())
+            if name not in self.files or self.files[name].layout != layout:
+                self.files.pop(name, None)  # before the new one is made
+                self.files[name] = HostFile(layout, pinned=gpu)
+            self.files[name].fill(tensors)
+            on_gpu |= gpu
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
