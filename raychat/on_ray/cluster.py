@@ -20,7 +20,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing leaves the machine unasked
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
     "RAY_worker_niceness": "0",  # of 15, as Ray has it, threads that wait for each other stall behind anything else
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the loop does not ask it; restarts are the driver's own
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the supervisor watches the nodes itself, and more often
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # of 2 s: how soon a dead worker is noticed
 }
 OBJECT_STORE_BYTES = 2**30  # of a cluster on this machine: a few blocks of rows are all that passes through
 

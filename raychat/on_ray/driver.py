@@ -1,11 +1,10 @@
-"""The driver of a run: prepares data, starts Ray Train attempts until the run is done, keeps the run directory.
+"""The driver of a run: prepares data, has it trained, keeps the run directory.
 
-Each attempt is one TorchTrainer of a fixed size under a fresh name. Ray's own retries and checkpoints are off: raychat
-scans its storage for the newest verified checkpoint itself, and chooses the next size from what the cluster has.
+What happens to the workers meanwhile is the supervisor's. Ray's own checkpoints are off: raychat scans its storage for
+the newest verified checkpoint itself.
 """
 
 import contextlib
-import dataclasses
 import os
 import signal
 import subprocess
@@ -15,38 +14,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from raychat.config import Config
 from raychat.data.prepare import prepare
 from raychat.data.shards import ShardInfo, ShardTask
-from raychat.errors import ConfigError, RaychatError
+from raychat.errors import ConfigError
 from raychat.on_ray import cluster as clusters
 from raychat.on_ray.inbox import open_inbox
 from raychat.on_ray.shards import make_on_ray
-from raychat.on_ray.stream import RowsDataConfig
-from raychat.on_ray.worker import train_worker
-from raychat.planning import recipe
+from raychat.on_ray.supervisor import RunFailedError, Supervisor, uses_gpus, wants_gpus, worker_range
 from raychat.tracking.mlflow_shipper import MLflowShipper
 from raychat.tracking.shipping_state import MLFLOW_STATUS
 from raychat.tracking.summary import Summary
 from raychat.tracking.tracking_uri import default_tracking_uri, store_error
 from raychat.training import device
-from raychat.training.build import Job
 from raychat.training.session import Session
 
 Echo = Callable[[str], None]
-PUMP_S = 0.2
-INBOX_TIMEOUT_S = 60.0
 FINISH_S = 20.0  # for MLflow to take the last points and artifacts; what is left, `jobs/runs.py --sync` sends
 UPLOAD_S = 1800.0  # when a checkpoint is among them
-
-
-class RunFailedError(RaychatError):
-    """Training failed again and again; the last checkpoint is good."""
-
-    exit_code = 1
 
 
 def run(config: Config, *, echo: Echo) -> Summary | None:
@@ -69,7 +55,7 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
             return None
         try:
             live = cluster.connected()
-            _check_cluster(config, live, echo)
+            _check_cluster(config, live)
         except BaseException:
             session.abort()
             raise
@@ -78,7 +64,8 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
 
 def with_absolute_paths(config: Config) -> Config:
     """`config` for processes that have another current directory, home and environment than this one."""
-    return Config.from_flat({"base_dir": str(config.base_dir), "storage_path": str(config.runs_dir)}, base=config)
+    storage = config.run.storage_path if "://" in config.run.storage_path else str(config.runs_dir)
+    return Config.from_flat({"base_dir": str(config.base_dir), "storage_path": storage}, base=config)
 
 
 def _run_session(session: Session, cluster: clusters.Cluster, tracking_uri: str | None) -> Summary:
@@ -86,7 +73,7 @@ def _run_session(session: Session, cluster: clusters.Cluster, tracking_uri: str 
     shipper = _shipper(session, tracking_uri, cluster)
     try:
         session.echo(f"run directory: {session.run_dir}")
-        status = _attempts(session, cluster, shipper)
+        status = _supervised(session, cluster, shipper)
     finally:
         summary = session.close(status, mlflow_run_id=shipper.run_id if shipper else None)
         if shipper:
@@ -96,101 +83,28 @@ def _run_session(session: Session, cluster: clusters.Cluster, tracking_uri: str 
     return summary
 
 
-def _attempts(
+def _supervised(
     session: Session, cluster: clusters.Cluster, shipper: MLflowShipper | None
 ) -> Literal["finished", "stopped"]:
-    most, failures, best_step, started = session.config.cluster.max_failures, 0, -1, False
-    while True:
-        workers, use_gpu = choose_workers(session.config, cluster)
-        job = session.begin_attempt(world_size=workers, use_gpu=use_gpu)
-        if shipper and not started:  # after the journal says where the first attempt begins
+    started = []
+
+    def on_start() -> None:  # after the journal says where the first attempt begins
+        if shipper and not started:
             shipper.start()
-            started = True
-        step = session.start.step if session.start else 0
-        failures = failures if step <= best_step else 0  # progress since the last failure starts the count anew
-        best_step = step
-        try:
-            error, asked_to_stop = _attempt(session, job, workers, use_gpu)
-        except (ray.exceptions.RayError, ConnectionError) as lost:
-            raise RunFailedError(
-                f"The Ray cluster at {cluster.address} is gone ({type(lost).__name__}). The same command goes on from the "
-                "newest checkpoint."
-            ) from lost
-        if session.ended:
-            return "finished" if session.ended.finished else "stopped"
-        if session.failure:
-            raise WorkerError(session.failure.message, session.failure.exit_code)
-        if asked_to_stop:  # it died before it could save
-            return "stopped"
-        failures += 1
-        if failures > most:
-            raise RunFailedError(f"training failed {failures} times from step {step}: {error}")
-        session.echo(f"attempt {job.attempt} failed: {error}")
-        session.echo(f"restarting from the newest checkpoint (failure {failures} of {most})")
+            started.append(True)
 
-
-class WorkerError(RaychatError):
-    """A RaychatError of a worker, told by the driver."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-def _attempt(session: Session, job: Job, workers: int, use_gpu: bool) -> tuple[str, bool]:
-    """Run one TorchTrainer to its end: what went wrong, in one line, and whether it was asked to stop."""
     inbox = open_inbox()
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"job": dataclasses.asdict(job), "inbox": inbox},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        # ray.train's names are those of its second version; the type checker sees the first.
-        scaling_config=ScalingConfig(  # pyrefly: ignore[bad-argument-type]
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}
-        ),
-        run_config=RunConfig(  # pyrefly: ignore[bad-argument-type]
-            name=f"attempt-{job.attempt}",
-            storage_path=str(session.run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=0),  # pyrefly: ignore[bad-argument-type]
-            logging_config=LoggingConfig(log_level="ERROR"),  # pyrefly: ignore[unexpected-keyword]
-        ),
-        datasets={"train": _no_dataset},
-        dataset_config=RowsDataConfig(),
-    )
-    failure: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-            failure.append(error)
-
-    # In a thread of its own: in the main one, Ray would take Ctrl-C for itself and end the run without a save.
-    thread = threading.Thread(target=fit, daemon=True, name="fit")
-    with _stop_on_signals(inbox, session.echo) as asked:
-        thread.start()
-        while thread.is_alive():
-            thread.join(PUMP_S)
-            _drain(inbox, session)
-        _drain(inbox, session)
-    ray.kill(inbox)
-    lines = str(failure[0]).strip().splitlines() if failure else []
-    return lines[-1] if lines else "the workers ended without a word", asked.is_set()
-
-
-def _no_dataset() -> ray.data.Dataset:
-    """Ray wants a dataset to configure; RowsDataConfig gives streams of its own instead."""
-    return ray.data.range(1)
-
-
-def _drain(inbox: Any, session: Session) -> None:
-    """Bring what workers have told from the inbox to the session."""
     try:
-        events = ray.get(inbox.take.remote(), timeout=INBOX_TIMEOUT_S)
-    except ray.exceptions.RayError:  # loaded, or gone together with the cluster, which `fit` will notice
-        return
-    for event in events:
-        session.receive(event)
+        with _stop_on_signals(inbox, session.echo) as asked:
+            return Supervisor(session, cluster, inbox, stop_asked=asked.is_set, on_start=on_start).run()
+    except (ray.exceptions.RayError, ConnectionError) as lost:
+        raise RunFailedError(
+            f"The Ray cluster at {cluster.address} is gone ({type(lost).__name__}). The same command goes on from the "
+            "newest checkpoint."
+        ) from lost
+    finally:
+        with contextlib.suppress(ray.exceptions.RayError, ConnectionError):
+            ray.kill(inbox)
 
 
 @contextlib.contextmanager
@@ -213,26 +127,6 @@ def _stop_on_signals(inbox: Any, echo: Echo) -> Iterator[threading.Event]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def choose_workers(config: Config, cluster: clusters.Cluster) -> tuple[int, bool]:
-    """How many workers the next attempt has, and whether they have GPUs.
-
-    What is asked for, or fewer down to `--min-workers` where the cluster has no more now.
-    """
-    use_gpu = wants_gpus(config) or (cluster.gpus > 0 and config.precision.device_type == "")
-    there = cluster.gpus if use_gpu else cluster.cpus
-    wanted = config.cluster.num_workers
-    if wanted == "auto":
-        sequences = recipe(config).total_batch_size // config.model.max_seq_len
-        return (max(1, min(there, sequences)) if use_gpu else 1), use_gpu
-    fewest = wanted if config.cluster.min_workers == -1 else config.cluster.min_workers
-    return max(fewest, min(wanted, there)), use_gpu
-
-
-def wants_gpus(config: Config) -> bool:
-    """Whether only GPUs will do, also those that an autoscaler has yet to add."""
-    return config.precision.device_type == "cuda" or config.precision.fp8
 
 
 def _unbreakable(echo: Echo) -> Echo:
@@ -296,7 +190,8 @@ def _shipper(session: Session, uri: str | None, cluster: clusters.Cluster) -> ML
     if uri is None:
         return None
     config = session.config
-    workers, use_gpu = choose_workers(config, cluster)
+    use_gpu = uses_gpus(config, cluster)
+    workers, _ = worker_range(config, cluster, use_gpu)
     return MLflowShipper(
         session.run_dir,
         tracking_uri=uri,
@@ -322,20 +217,18 @@ def _finish_tracking(session: Session, shipper: MLflowShipper, summary: Summary)
     shipper.finish(MLFLOW_STATUS[summary.status], artifacts, grace_s)
 
 
-def _check_cluster(config: Config, cluster: clusters.Cluster, echo: Echo) -> None:
-    """Refuse what this cluster cannot do; say so when the run has to wait for nodes."""
-    workers, use_gpu = choose_workers(config, cluster)
+def _check_cluster(config: Config, cluster: clusters.Cluster) -> None:
+    """Refuse what this cluster cannot do."""
+    use_gpu = uses_gpus(config, cluster)
+    _, fewest = worker_range(config, cluster, use_gpu)
     if not use_gpu and not cluster.started_here:
         device.refuse_gpu_sized(config, device.resolve(config, local_world_size=1), cores=cluster.cpus)
     there, kind = (cluster.gpus, "GPUs") if use_gpu else (cluster.cpus, "CPUs")
-    if workers <= there:
-        return
-    if cluster.started_here:
+    if cluster.started_here and fewest > there:
         raise ConfigError(
-            f"--num-workers {workers}: this machine has {there} {kind}. Use --num-workers {max(1, there)}, or a cluster that "
+            f"--num-workers {fewest}: this machine has {there} {kind}. Use --num-workers {max(1, there)}, or a cluster that "
             "has more (--address)."
         )
-    echo(f"waiting for {workers} workers: the cluster has {there} {kind} now, and the run begins when it has {workers}")
 
 
 def _git_commit() -> str:
