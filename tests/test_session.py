@@ -155,8 +155,8 @@ def test_damaged_checkpoint_is_moved_where_it_cannot_displace_a_good_one(config)
     first = run_here(config(num_iterations=6, keep_checkpoints=1), after(4, Signal.STOP))
     (first.run_dir / "checkpoints" / "step_00000004" / "checkpoint.json").unlink()
     second = run_here(config(num_iterations=6, keep_checkpoints=1), after(1, Signal.STOP))
-    assert second.summary.step == 1  # the newest good one was pruned when step 4 was saved: from the start
-    assert checkpoint.steps(second.run_dir / "checkpoints") == [1]
+    assert second.summary.step == 3  # step 4 was not evaluated when it was told to stop, and 2 is the best one
+    assert checkpoint.steps(second.run_dir / "checkpoints") == [3, 2]
     assert checkpoint.steps(second.run_dir / "checkpoints" / "damaged-2") == [4]
 
 

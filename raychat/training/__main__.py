@@ -29,8 +29,8 @@ from raychat.tracking.tracking_uri import default_tracking_uri, store_error
 from raychat.training import device
 from raychat.training.build import BatchPlan, train
 from raychat.training.events import Event
-from raychat.training.loop import Signal
 from raychat.training.session import Session
+from raychat.training.state import Signal
 from raychat.training.world import World
 from raychat.uris import public_uri
 
@@ -79,7 +79,8 @@ def _run(config: Config, world: World, *, with_gpus: bool) -> int:
         try:
             data = prepare(config, with_gpus=with_gpus, maker=make_in_process, echo=_echo)
             session = Session(config, data, echo=_echo)
-            job = None if session.done else session.begin_attempt(world_size=world.world_size)
+            nodes = -(-world.world_size // world.local_world_size)
+            job = None if session.done else session.begin_attempt(world_size=world.world_size, nodes=nodes)
             if job:
                 _leave_for_mlflow(session)
         except RaychatError as error:

@@ -1,36 +1,40 @@
 """The keeper of a run directory: decides where a run starts, receives its events, and says how it ended.
 
-There is one per run: the driver of a Ray job has it, or rank 0 under torchrun. It holds the lease, the journal and the
-summary; the training processes only send events.
+There is one per run: the driver of a Ray job has it, or rank 0 under torchrun. It holds the lease, the journal, the
+summary, and the mirror of a run that is kept in an object store; the training processes only send events.
 """
 
 import dataclasses
 import hashlib
 import json
-import shutil
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from raychat.atomic import write_json
 from raychat.config import Config
 from raychat.data.prepare import TokenData, check_writable
-from raychat.errors import CheckpointError, ConfigError, RaychatError
+from raychat.errors import ConfigError
 from raychat.planning import make_plan, model_shape, param_counts, recipe
-from raychat.progress import format_duration
+from raychat.storage import Store
 from raychat.tracking.figures import loss_curve
-from raychat.tracking.journal import Journal, read_journal, records_from
-from raychat.tracking.summary import Summary
-from raychat.training import checkpoint
+from raychat.tracking.journal import Journal, read_events, read_journal, records_from
+from raychat.tracking.ledger import Ledger, ledger
+from raychat.tracking.summary import Status, Summary
+from raychat.training import checkpoint, outcome
 from raychat.training.build import Job
-from raychat.training.changes import check_changes
 from raychat.training.events import Ended, Event, Failed, Line, Metrics, Note, Saved
+from raychat.training.hooks import run_hook
 from raychat.training.lease import Lease
-from raychat.training.loop import UNTIMED_STEPS
+from raychat.training.mirror import Mirror
+from raychat.training.retry import Cause, give_up
+from raychat.training.secrets import Secrets
+from raychat.training.start import check_start, find_start
+from raychat.uris import public_uri
 
 FORMAT = 1
+PUSH_S = 30.0  # for the mirror to send the rest when the run has ended
 
 
 class Session:
@@ -43,20 +47,27 @@ class Session:
     """
 
     def __init__(self, config: Config, data: TokenData, *, echo: Callable[[str], None]) -> None:
-        self.config, self.data, self.echo = config, data, echo
+        self.config, self.data = config, data
+        self._secrets = Secrets(config)
+        self.echo: Callable[[str], None] = lambda text: echo(self._secrets.hide(text))
         self.recipe = recipe(config)
-        self.run_dir = config.run_dir
+        self.run_dir, store = config.run_dir, Store.of(config.run_uri)
         if config.run.fresh:
-            _set_aside(self.run_dir, echo)
+            _set_aside(config, self.echo)
         check_writable(self.run_dir)
-        self.lease = Lease(self.run_dir)
+        if not store.is_local:
+            store.check_usable()
+        self.lease = Lease(store)
         self.lease.acquire()
+        self.mirror = Mirror(self.run_dir, store, echo=self.echo, allowed=lambda: not self.lease.lost)
         try:
-            self.checkpoints = self.run_dir / "checkpoints"
-            _check_space(self.run_dir, param_counts(model_shape(config.model)).total)
-            self.start = self._find_start()
-            self.changed = self._check_start()
-            self.journal = Journal(self.run_dir / "metrics.jsonl")
+            self.mirror.pull()
+            self.checkpoints = store.child("checkpoints")
+            _check_space(store, param_counts(model_shape(config.model)).total)
+            self.start = find_start(config, self.checkpoints, echo=self.echo)
+            self.changed = check_start(config, data, self.start, echo=self.echo)
+            self.journal = Journal(self.run_dir / "metrics.jsonl", driver=self.lease.holder)
+            self.mirror.start()
         except BaseException:
             self.lease.release()
             raise
@@ -66,6 +77,9 @@ class Session:
         self.failure: Failed | None = None
         self._first_attempt = True
         self._resolved: dict[str, Any] | None = None
+        self._steps_done = 0
+        self._step_time_s: float | None = None
+        """the loop's own clock at the last step of this attempt that was told"""
 
     @property
     def done(self) -> bool:
@@ -81,38 +95,58 @@ class Session:
             + ". --fresh starts over; a longer horizon with --allow-config-change goes on."
         )
 
-    def begin_attempt(self, **facts: Any) -> Job:
-        """What the ranks need for the next attempt, from the newest good checkpoint. `facts` go into the journal."""
-        starts, wall_before = self._history()
-        attempt = len(starts) + 1
+    def begin_attempt(self, *, nodes: int = 1, **facts: Any) -> Job:
+        """What the ranks need for the next attempt, from the newest good checkpoint.
+
+        The attempt holds `nodes` machines, which are paid for; `facts` go into the journal besides.
+        """
+        attempt = 1 + sum(event["event"] == "start" for event in read_events(self.journal.path))
         rollback = self.config.run.resume_from_step >= 0 and self._first_attempt
         if not self._first_attempt:
             self.start = checkpoint.newest(self.checkpoints, echo=self.echo)
+        self.state = self.start.meta["state"] if self.start else {}
         step = self.start.step if self.start else 0
+        self._steps_done, self._step_time_s = step, None
         # A damaged checkpoint left in place would count as the newest when old ones are pruned.
         aside = f"{'abandoned' if rollback else 'damaged'}-{attempt}"
         if later := checkpoint.set_aside_after(self.checkpoints, step if self.start else -1, aside):
             self.echo(f"checkpoints of steps {', '.join(map(str, later))} moved to {aside}/")
+        checkpoint.prune_orphans(self.checkpoints)
         logged = [record["step"] for record in read_journal(self.journal.path) if "train/loss" in record]
         replayed = max(0, max(logged, default=-1) + 1 - step)
         if replayed and self._first_attempt and (rollback or self.changed):
             self.journal.event("branch", from_step=step)  # what was logged from here on is of another training
             replayed = 0
         self._first_attempt = False
-        self.journal.event(
-            "start", attempt=attempt, driver=self.lease.holder, resume_step=step, replayed=replayed, **facts
-        )
+        begun = {"attempt": attempt, "resume_step": step, "replayed": replayed, "nodes": nodes}
+        self.journal.event("start", **begun, productive_s=self.state.get("step_time_s", 0.0), **facts)
         self._write_config()
+        before = self.ledger()
         return Job(
             config=self.config.flat(),
             tokens_dir=str(self.data.manifest.folder),
             tokenizer_dir=str(self.data.tokenizer_dir),
-            checkpoint=str(self.start.path) if self.start else None,
+            checkpoint=self.checkpoints.child(checkpoint.folder_name(step)).address if self.start else None,
             attempt=attempt,
             attempt_started=time.time(),
-            wall_before_s=wall_before,
+            wall_before_s=before.wall_s,
+            cost_before_usd=before.cost_usd or 0.0,
+            nodes=nodes,
             lease_holder=self.lease.holder,
             journal_offset=self.journal.offset,
+        )
+
+    def attempt_failed(self, cause: Cause, error: str) -> str | None:
+        """Write down that an attempt ended before its time; why the run must be given up, or None to try again."""
+        if self.lease.lost:
+            return None
+        facts = {"cause": cause, "step": self._steps_done, "error": self._secrets.hide(error)}
+        self.journal.event("failure", **facts, step_time_s=self._step_time_s)
+        limits = self.config.cluster
+        return give_up(
+            read_events(self.journal.path),
+            max_failures=limits.max_failures,
+            max_preemptions=limits.max_preemptions,
         )
 
     def receive(self, event: Event) -> None:
@@ -123,49 +157,92 @@ class Session:
         match event:
             case Line(text):
                 self.echo(text)
-            case Metrics(step, values, time_s):
-                self.journal.log(step, values, time_s)
-            case Note("resolved", fields):
-                self._resolved = fields
-                self._write_config()
-            case Note(kind, fields):
-                self.journal.event(kind, **fields)
-            case Saved(step, path, state):
-                self.state = state
-                self.journal.event("checkpoint", step=step, path=path)
+            case Metrics():
+                self._receive_metrics(event)
+            case Note():
+                self._receive_note(event)
+            case Saved():
+                self.state = event.state
+                fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+                del fields["state"]
+                self.journal.event("checkpoint", **fields, productive_s=event.state["step_time_s"])
+                self.mirror.push_soon()
             case Ended():
                 self.ended, self.state = event, event.state
                 self.peak_memory_bytes = event.peak_memory_bytes
             case Failed():
                 self.failure = event
 
+    def _receive_metrics(self, event: Metrics) -> None:
+        if "train/loss" in event.values:
+            self._steps_done = event.step + 1
+        self._step_time_s = event.values.get("time/productive", self._step_time_s)
+        news = self.journal.log(event.step, event.values, event.time_s)
+        if not news and "val/time_s" in event.values:  # in a replay, whose metrics a journal does not repeat
+            self.journal.event("evaluated_again", step=event.step, time_s=event.values["val/time_s"])
+
+    def _receive_note(self, note: Note) -> None:
+        fields: dict[str, Any] = {
+            name: self._secrets.hide(value) if isinstance(value, str) else value for name, value in note.fields.items()
+        }
+        match note.kind:
+            case "resolved":
+                self._resolved = fields
+                self._write_config()
+            case "rollback":
+                self.journal.event("rollback", **fields)
+                self.journal.event("branch", from_step=fields["from_step"])
+                self._steps_done, self._step_time_s = fields["from_step"], None
+            case _:
+                self.journal.event(note.kind, **fields)
+
+    def ledger(self) -> Ledger:
+        """Where time and money went until now."""
+        return ledger(self._records_until_now(), price_per_hour=self._price)
+
+    def cost_usd(self) -> float | None:
+        """Dollars until now; None without a price."""
+        return None if self._price is None else self.ledger().cost_usd
+
+    @property
+    def _price(self) -> float | None:
+        price = self.config.money.price_per_hour
+        return None if price == -1 else price
+
+    def _records_until_now(self) -> Iterator[dict[str, Any]]:
+        for record, _ in records_from(self.journal.path):
+            yield record
+        yield {"event": "now", "time": time.time(), "driver": self.lease.holder}
+
     def tracking_facts(self) -> dict[str, Any]:
         """What MLflow is told about the run besides its metrics: name, params and the dataset."""
         config, data = self.config, self.data
         return {
             "run_name": config.run.run or config.model_tag,
-            "params": config.flat() | dataclasses.asdict(self.recipe),
+            "params": self._public_settings() | dataclasses.asdict(self.recipe),
             "dataset": {
-                "name": data.corpus.name,
-                "source": config.data.corpus or data.corpus.name,
+                "name": public_uri(data.corpus.name),
+                "source": public_uri(config.data.corpus or data.corpus.name),
                 "digest": data.manifest.fingerprint,
             },
         }
 
-    def close(self, status: Literal["finished", "failed", "stopped"], *, mlflow_run_id: str | None = None) -> Summary:
-        """Write the loss curve and `summary.json`, give the lease back, and return the summary."""
+    def close(self, status: Status, *, mlflow_run_id: str | None = None) -> Summary:
+        """Write the loss curve and `summary.json`, give the lease back, run the user's hook, and return the summary."""
         try:
             if self.lease.lost:
-                return self._summary(status, [], mlflow_run_id)
-            self.journal.event("end", status=status)
-            self.journal.close()
+                self.journal.close()
+                return self._summary(status, mlflow_run_id)
+            self._journal_end(status)
             records = read_journal(self.journal.path)
-            if records:
+            if any("train/loss" in record for record in records):
                 loss_curve(records, self.run_dir / "loss_curve.png", title=f"{self.config.model_tag} ({status})")
-            summary = self._summary(status, records, mlflow_run_id)
+            summary = self._summary(status, mlflow_run_id)
             summary.write(self.run_dir / "summary.json")
         finally:
+            self.mirror.close(PUSH_S)
             self.lease.release()
+        self._run_hook(summary)
         return summary
 
     def artifacts(self) -> list[Path]:
@@ -175,88 +252,58 @@ class Session:
 
     def closing_lines(self, summary: Summary) -> list[str]:
         """How the run ended, for the console."""
-        bpb = [r["val/bpb"] for r in read_journal(self.journal.path) if r.get("val/bpb") is not None]
-        facts = [f"step {summary.step or 0:,} of {summary.num_iterations or 0:,}"]
-        if bpb:
-            facts.append(f"val bpb {bpb[0]:.4f} -> {bpb[-1]:.4f}")
-        if summary.tokens:
-            facts.append(f"{summary.tokens:,} tokens")
-        if summary.tok_per_sec:
-            facts.append(f"{summary.tok_per_sec:,.0f} tok/s")
-        facts.append(f"{format_duration(summary.wall_time_s or 0)} wall time, goodput {summary.goodput or 0:.0%}")
-        if summary.cost_usd is not None:
-            facts.append(f"${summary.cost_usd:.2f}")
-        lines = [f"{summary.status}: {', '.join(facts)}", f"  summary    {self.run_dir / 'summary.json'}"]
-        if (curve := self.run_dir / "loss_curve.png").exists():
-            lines.append(f"  loss curve {curve}")
-        if summary.checkpoint:
-            lines.append(f"  checkpoint {summary.checkpoint}")
-        return lines
+        return outcome.closing_lines(summary, self.run_dir, read_journal(self.journal.path))
 
     def abort(self) -> None:
         """Give the lease back without a word about the run: nothing was tried."""
         self.journal.close()
+        self.mirror.close(PUSH_S)
         self.lease.release()
 
-    def _find_start(self) -> checkpoint.Checkpoint | None:
-        wanted = self.config.run.resume_from_step
-        if wanted < 0:
-            return checkpoint.newest(self.checkpoints, echo=self.echo)
-        there = checkpoint.steps(self.checkpoints)
-        if wanted not in there:
-            raise CheckpointError(
-                f"--resume-from-step {wanted}: {self.checkpoints} holds "
-                + (
-                    f"the steps {', '.join(map(str, sorted(there)))}."
-                    if there
-                    else "no checkpoint: leave it out to start at the beginning."
-                )
-            )
-        return checkpoint.verify(self.checkpoints / checkpoint.folder_name(wanted))
+    def _journal_end(self, status: Status) -> None:
+        """The last event, and the ledger as metrics, by which MLflow learns of it."""
+        survived = self.state.get("step_time_s", 0.0)
+        self.journal.event("end", status=status, productive_s=survived, step_time_s=self._step_time_s)
+        self.journal.log(max(0, self.journal.high_water), outcome.ledger_metrics(self._closed_ledger()))
+        self.journal.close()
 
-    def _check_start(self) -> list[str]:
-        if self.start is None:
-            return [] if self._begun_alike() else ["what was begun here without a checkpoint"]
-        run = self.config.run
-        changed = check_changes(
-            self.start.meta["config"],
+    def _closed_ledger(self) -> Ledger:
+        return ledger((record for record, _ in records_from(self.journal.path)), price_per_hour=self._price)
+
+    def _summary(self, status: Status, mlflow_run_id: str | None) -> Summary:
+        saved = checkpoint.steps(self.checkpoints)
+        return outcome.summarize(
+            status,
             self.config,
-            old_fingerprint=self.start.meta["fingerprint"],
-            new_fingerprint=self.data.manifest.fingerprint,
-            permitted=run.allow_config_change or run.resume_from_step >= 0,
+            self.recipe,
+            state=self.state,
+            records=read_journal(self.journal.path),
+            events=read_events(self.journal.path),
+            ledger=self._closed_ledger(),
+            peak_memory_bytes=self.peak_memory_bytes,
+            checkpoint=self.checkpoints.child(checkpoint.folder_name(saved[0])).uri if saved else None,
+            mlflow_run_id=mlflow_run_id,
         )
-        if changed:
-            self.echo(f"going on with other settings: {'; '.join(changed)}")
-        T, lanes = self.config.model.max_seq_len, self.start.meta["lanes"]
-        if self.recipe.total_batch_size // T % lanes:
-            raise CheckpointError(
-                f"The run {self.run_dir} reads its rows in {lanes} lanes, and {self.recipe.total_batch_size:,} tokens are "
-                f"{self.recipe.total_batch_size // T} rows: give a --total-batch-size that is a multiple of {lanes * T:,}."
-            )
-        if self.start.step > self.recipe.num_iterations:
-            raise CheckpointError(
-                f"The run {self.run_dir} is at step {self.start.step:,} and the horizon is now "
-                f"{self.recipe.num_iterations:,}: give a longer one, or go back with --resume-from-step."
-            )
-        return changed
 
-    def _begun_alike(self) -> bool:
-        """Whether a run that never saved was begun with these settings and data, so that it will come out the same."""
-        path = self.run_dir / "config.json"
-        if not path.exists():
-            return True
-        begun = json.loads(path.read_text())
-        fingerprints = {
-            "old_fingerprint": begun["data_fingerprint"],
-            "new_fingerprint": self.data.manifest.fingerprint,
+    def _run_hook(self, summary: Summary) -> None:
+        if not self.config.run.on_event:
+            return
+        variables = {
+            "RAYCHAT_EVENT": summary.status,
+            "RAYCHAT_RUN_DIR": str(self.run_dir),
+            "RAYCHAT_MODEL_TAG": self.config.model_tag,
+            "RAYCHAT_STATUS_LINE": self.closing_lines(summary)[0],
+            "RAYCHAT_SUMMARY": str(self.run_dir / "summary.json"),
         }
-        try:
-            return not check_changes(begun["config"], self.config, **fingerprints, permitted=False)
-        except RaychatError:
-            return False
+        run_hook(self.config.run.on_event, variables, echo=self.echo)
+
+    def _public_settings(self) -> dict[str, Any]:
+        """The settings, without credentials in URIs, nor in URIs within a command."""
+        settings = self.config.public()
+        return {key: self._secrets.hide(value) if isinstance(value, str) else value for key, value in settings.items()}
 
     def _write_config(self) -> None:
-        flat = self.config.flat()
+        flat = self._public_settings()
         content = {
             "format": FORMAT,
             "fingerprint": hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16],
@@ -269,75 +316,26 @@ class Session:
         write_json(self.run_dir / "config.json", content)
         write_json(self.run_dir / "plan.json", make_plan(self.config))
 
-    def _history(self) -> tuple[list[dict[str, Any]], float]:
-        """Start events so far, and the wall time of their attempts: each ends with the last thing it journaled.
 
-        The time between two attempts counts where one driver made both: the machines were there, and paid for.
-        """
-        starts: list[dict[str, Any]] = []
-        wall = last = 0.0
-        for record, _ in records_from(self.journal.path):
-            begins = record.get("event") == "start"
-            if starts and (not begins or record["driver"] == starts[-1]["driver"]):
-                wall += max(0.0, record["time"] - last)
-            if begins:
-                starts.append(record)
-            last = record["time"]
-        return starts, wall
-
-    def _summary(self, status: Any, records: list[dict[str, Any]], mlflow_run_id: str | None) -> Summary:
-        starts, wall = self._history()
-        state, T = self.state, self.config.model.max_seq_len
-        step = state.get("step")
-        saved = checkpoint.steps(self.checkpoints)
-        price = self.config.money.price_per_hour
-
-        def typical(key: str) -> float | None:
-            values = [record[key] for record in records if record.get(key) is not None]
-            return statistics.median(values[UNTIMED_STEPS:] or values) if values else None
-
-        return Summary(
-            status=status,
-            step=step,
-            num_iterations=self.recipe.num_iterations,
-            rows_consumed=state.get("rows_consumed"),
-            tokens=state["rows_consumed"] * T if state else None,
-            val_bpb=state.get("val_bpb"),
-            min_val_bpb=state.get("min_val_bpb"),
-            core_metric=None,
-            train_loss=state.get("train_loss"),
-            total_training_time_s=state.get("total_training_time_s"),
-            wall_time_s=wall,
-            goodput=min(1.0, state["step_time_s"] / wall) if state and wall else None,
-            restarts=max(0, len(starts) - 1),
-            preemptions=0,
-            replayed_steps=sum(start["replayed"] for start in starts),
-            tok_per_sec=typical("train/tok_per_sec"),
-            mfu=typical("train/mfu"),
-            peak_memory_bytes=self.peak_memory_bytes,
-            flops=float(self.recipe.flops_per_token) * state["rows_consumed"] * T if state else None,
-            cost_usd=None if price == -1 else price * wall / 3600,
-            mlflow_run_id=mlflow_run_id,
-            checkpoint=str(self.checkpoints / checkpoint.folder_name(saved[0])) if saved else None,
-        )
-
-
-def _set_aside(run_dir: Path, echo: Callable[[str], None]) -> None:
-    """Rename an existing run directory, so that its name is free for a new one and nothing is lost."""
-    if not run_dir.exists():
+def _set_aside(config: Config, echo: Callable[[str], None]) -> None:
+    """Rename an existing run, so that its name is free for a new one and nothing is lost."""
+    chosen = config.run.storage_path
+    runs, tag = Store.of(chosen if "://" in chosen else config.runs_dir), config.model_tag
+    if not runs.exists(tag):
         return
-    number = 1
-    while (kept := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+    Lease(runs.child(tag)).refuse_if_held()
+    there, number = runs.names(), 1
+    while f"{tag}.old-{number}" in there:
         number += 1
-    Lease(run_dir).refuse_if_held()
-    run_dir.rename(kept)
-    echo(f"--fresh: the old run is kept in {kept}")
+    kept = runs.child(f"{tag}.old-{number}")
+    runs.move(tag, kept)
+    echo(f"--fresh: the old run is kept in {kept.uri}")
 
 
-def _check_space(run_dir: Path, num_params: int) -> None:
-    need, free = 2 * checkpoint.estimated_bytes(num_params), shutil.disk_usage(run_dir).free
-    if free < need:
+def _check_space(store: Store, num_params: int) -> None:
+    need, free = 2 * checkpoint.estimated_bytes(num_params), store.free_bytes()
+    if free is not None and free < need:
         raise ConfigError(
-            f"{run_dir} has {free / 1e9:.2f} GB free, and two checkpoints of this model take {need / 1e9:.2f} GB: "
+            f"{store.uri} has {free / 1e9:.2f} GB free, and two checkpoints of this model take {need / 1e9:.2f} GB: "
             "free some space, or give a --storage-path with more."
         )

@@ -1,0 +1,113 @@
+"""What a run came to: its summary from the journal and the last state, and the lines that say so."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raychat.config import Config
+from raychat.planning import Recipe
+from raychat.progress import format_duration
+from raychat.tracking.journal import is_metrics
+from raychat.tracking.ledger import Ledger
+from raychat.tracking.summary import Status, Summary
+from raychat.training.reporting import UNTIMED_STEPS
+
+PREFIX = "ledger/"
+
+
+def summarize(
+    status: Status,
+    config: Config,
+    recipe: Recipe,
+    *,
+    state: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    events: Sequence[Mapping[str, Any]],
+    ledger: Ledger,
+    peak_memory_bytes: int | None,
+    checkpoint: str | None,
+    mlflow_run_id: str | None,
+) -> Summary:
+    """The summary of a run.
+
+    `state` is the loop's at its last save, empty when there was none; `records` are the metric records of the journal's
+    branch, `events` all its events.
+    """
+    tokens = _tokens(state, config.model.max_seq_len, recipe.total_batch_size)
+    starts = _of_kind(events, "start")
+
+    def typical(key: str) -> float | None:
+        values = [record[key] for record in records if record.get(key) is not None]
+        return statistics.median(values[UNTIMED_STEPS:] or values) if values else None
+
+    return Summary(
+        status=status,
+        step=state.get("step"),
+        num_iterations=recipe.num_iterations,
+        rows_consumed=state.get("rows_consumed"),
+        tokens=tokens,
+        val_bpb=state.get("val_bpb"),
+        min_val_bpb=state.get("min_val_bpb"),
+        train_loss=state.get("train_loss"),
+        total_training_time_s=state.get("total_training_time_s"),
+        wall_time_s=ledger.wall_s,
+        goodput=ledger.goodput,
+        restarts=max(0, len(starts) - 1),
+        preemptions=sum(failure["cause"] == "preempted" for failure in _of_kind(events, "failure")),
+        replayed_steps=sum(start["replayed"] for start in starts)
+        + sum(event["bad_step"] - event["from_step"] for event in _of_kind(events, "rollback")),
+        tok_per_sec=typical("train/tok_per_sec"),
+        mfu=typical("train/mfu"),
+        peak_memory_bytes=peak_memory_bytes,
+        flops=None if tokens is None else float(recipe.flops_per_token) * tokens,
+        cost_usd=ledger.cost_usd,
+        mlflow_run_id=mlflow_run_id,
+        checkpoint=checkpoint,
+        **ledger.accounts(),
+        failed_saves=len(_of_kind(events, "save_failed")),
+        rollbacks=len(_of_kind(events, "rollback")),
+        skipped_batches=len({event["cursor"] for event in _of_kind(events, "rollback", "bad_step")}),
+    )
+
+
+def ledger_metrics(ledger: Ledger) -> dict[str, float]:
+    """The ledger as metrics."""
+    known = {"goodput": ledger.goodput, "cost_usd": ledger.cost_usd, "node_s": ledger.node_s, **ledger.accounts()}
+    return {PREFIX + name: value for name, value in known.items() if value is not None}
+
+
+def closing_lines(summary: Summary, run_dir: Path, records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """How the run ended, for the console; the first line alone says the most important."""
+    bpb = [record["val/bpb"] for record in records if is_metrics(record) and record.get("val/bpb") is not None]
+    facts = [f"step {summary.step or 0:,} of {summary.num_iterations or 0:,}"]
+    if bpb:
+        facts.append(f"val bpb {bpb[0]:.4f} -> {bpb[-1]:.4f}")
+    if summary.tokens:
+        facts.append(f"{summary.tokens:,} tokens")
+    if summary.tok_per_sec:
+        facts.append(f"{summary.tok_per_sec:,.0f} tok/s")
+    facts.append(f"{format_duration(summary.wall_time_s or 0)} wall time, goodput {summary.goodput or 0:.0%}")
+    accounts = {name: getattr(summary, name) or 0.0 for name in Ledger().accounts()}
+    lines = [
+        f"{summary.status}: {', '.join(facts)}",
+        f"  {Ledger(**accounts, cost_usd=summary.cost_usd).line()}",
+        f"  summary    {run_dir / 'summary.json'}",
+    ]
+    if (curve := run_dir / "loss_curve.png").exists():
+        lines.append(f"  loss curve {curve}")
+    if summary.checkpoint:
+        lines.append(f"  checkpoint {summary.checkpoint}")
+    return lines
+
+
+def _tokens(state: Mapping[str, Any], T: int, total_batch_size: int) -> int | None:
+    """Tokens that steps used: all rows passed so far, without the batches that were left out."""
+    if not state:
+        return None
+    left_out = sum(cursor < state["rows_consumed"] for cursor in state.get("skipped", ()))
+    return state["rows_consumed"] * T - left_out * total_batch_size
+
+
+def _of_kind(events: Iterable[Mapping[str, Any]], *kinds: str) -> list[Mapping[str, Any]]:
+    return [event for event in events if event["event"] in kinds]
