@@ -79,6 +79,10 @@ class Store(ABC):
         """Of a local folder. Raises ValueError for an object store."""
 
     @abstractmethod
+    def arrow(self) -> tuple[pafs.FileSystem, str]:
+        """Arrow's file system, and the path of the folder in it."""
+
+    @abstractmethod
     def child(self, *names: str) -> "Store":
         """The folder `names` within this one."""
 
@@ -164,6 +168,9 @@ class _Folder(Store):
     def path(self) -> Path:
         return Path(self.address)
 
+    def arrow(self) -> tuple[pafs.FileSystem, str]:
+        return pafs.LocalFileSystem(), self.address
+
     def child(self, *names: str) -> Store:
         return _Folder(str(self.path.joinpath(*names)))
 
@@ -233,7 +240,7 @@ class _Bucket(Store):
         return _Bucket("/".join([path.rstrip("/"), *names]) + mark + query)
 
     def names(self) -> list[str]:
-        fs, base = self._open()
+        fs, base = self.arrow()
         with _os_errors():
             entries = fs.get_file_info(pafs.FileSelector(base, allow_not_found=True))
         return sorted(entry.base_name for entry in entries)
@@ -246,14 +253,14 @@ class _Bucket(Store):
         return self._info(name).type != pafs.FileType.NotFound
 
     def blocks(self, name: str) -> Iterator[bytes]:
-        fs, base = self._open()
+        fs, base = self.arrow()
         with _os_errors(), fs.open_input_stream(f"{base}/{name}") as stream:
             while block := stream.read(BLOCK):
                 yield block
 
     def write_blocks(self, name: str, blocks: Iterable[bytes | memoryview]) -> int:
         # Not by pyarrow's copy_files: in version 25 it does not report an upload that failed.
-        fs, base = self._open()
+        fs, base = self.arrow()
         path, value = f"{base}/{name}".rstrip("/"), 0
         with _os_errors():
             stream = fs.open_output_stream(path)
@@ -270,7 +277,7 @@ class _Bucket(Store):
         return value
 
     def delete(self, name: str) -> None:
-        fs, base = self._open()
+        fs, base = self.arrow()
         kind = self._info(name).type
         with _os_errors():
             if kind == pafs.FileType.File:
@@ -281,7 +288,7 @@ class _Bucket(Store):
     def move(self, name: str, target: Store) -> None:
         if not isinstance(target, _Bucket):
             raise ValueError(f"{target} is not in an object store")
-        (fs, base), (target_fs, target_base) = self._open(), target._open()
+        (fs, base), (target_fs, target_base) = self.arrow(), target.arrow()
         if target.exists(""):
             raise FileExistsError(f"{target} exists: {self.uri}/{name} is not moved onto it")
         with _os_errors():
@@ -303,12 +310,11 @@ class _Bucket(Store):
         return None
 
     def _info(self, name: str) -> pafs.FileInfo:
-        fs, base = self._open()
+        fs, base = self.arrow()
         with _os_errors():
             return fs.get_file_info(f"{base}/{name}".rstrip("/"))
 
-    def _open(self) -> tuple[pafs.FileSystem, str]:
-        """The file system, and the path in it."""
+    def arrow(self) -> tuple[pafs.FileSystem, str]:
         parts = urlsplit(self.address)
         bucket = parts.netloc.rpartition("@")[2]
         with _os_errors():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.job_config import JobConfig
 
 import raychat
@@ -101,6 +102,8 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
             f"There is no Ray cluster at {address!r} ({error}). Start one with `ray start --head`, correct --address or "
             "RAY_ADDRESS, or leave both out to start one here."
         ) from error
+    # The cluster's own complaints about workers and nodes that died; the driver says what it means for the run.
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
     dashboard = context.dashboard_url or ""
     cluster = Cluster(address, f"http://{dashboard}" if dashboard else "not running", local)
     echo(

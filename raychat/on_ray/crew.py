@@ -43,7 +43,7 @@ class Crew:
                 num_workers=workers,
                 use_gpu=use_gpu,
                 resources_per_worker=None if use_gpu else {"CPU": 1},
-                label_selector=not_on(avoid),
+                label_selector=not_on(avoid),  # pyrefly: ignore[unexpected-keyword]
             ),
             run_config=RunConfig(  # pyrefly: ignore[bad-argument-type]
                 name=name,
@@ -89,7 +89,7 @@ def remove_placement_groups(controller: Any) -> None:
     """
     accessor = ray._private.state.state._connect_and_get_accessor()
     for entry in accessor.get_placement_group_table():
-        group = gcs_pb2.PlacementGroupTableData.FromString(entry)
+        group = gcs_pb2.PlacementGroupTableData.FromString(entry)  # pyrefly: ignore[missing-attribute]
         if group.creator_actor_id == controller._actor_id.binary() and group.state != group.REMOVED:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 

@@ -18,6 +18,7 @@ from raychat.on_ray.cluster import Cluster
 from raychat.on_ray.crew import Crew
 from raychat.on_ray.inbox import ControllerState, ControllerUp, Hello, Message, Post, Rank
 from raychat.on_ray.nodes import NodeWatch, Requests, kill_process
+from raychat.on_ray.watchers import Watchers
 from raychat.planning import recipe
 from raychat.progress import format_duration
 from raychat.storage import Store
@@ -79,6 +80,7 @@ class Supervisor:
         self.requests = Requests(self.use_gpu)
         self.last_save_s: float | None = None
         self._looked_at = 0.0
+        self._watchers = Watchers(local=cluster.started_here)
         self._forget_crew()
 
     def _forget_crew(self) -> None:
@@ -298,6 +300,8 @@ class Supervisor:
             if not self.watch.is_alive(node_id):
                 self._failed("lost", f"{self._names(node_id)} is gone")
                 return True
+        if self._training:
+            self._watchers.keep()
         self._grow(crew)
         return False
 
@@ -351,82 +355,7 @@ class Supervisor:
             raise self._fenced()
 
     def _fenced(self) -> WorkerError:
-        return WorkerError(f"{self.session.lease.why_lost} This driver writes nothing more.", 1)
-
-
-_WHAT_HAPPENED[cause]}: {error}")
-            self.echo("going on from the newest checkpoint")
-
-    def _look_at_nodes(self, crew: Crew) -> bool:
-        """Heed notices, losses and new machines; True when the crew must make way for another one."""
-        if time.monotonic() - self._looked_at < LOOK_S:
-            return False
-        self._looked_at = time.monotonic()
-        self.watch.look()
-        for node_id in {rank.node_id for rank in self.ranks}:
-            deadline = self.watch.deadline_s(node_id)
-            if deadline is not None and node_id not in self.notices:
-                self._heed(node_id, deadline)
-            if deadline is not None and time.time() >= deadline:
-                self._failed("preempted", f"{self._names(node_id)} was taken away")
-                return True
-            if not self.watch.is_alive(node_id):
-                self._failed("lost", f"{self._names(node_id)} is gone")
-                return True
-        self._grow(crew)
-        return False
-
-    def _heed(self, node_id: str, deadline_s: float) -> None:
-        """A machine with workers is about to go: save once, and ask for another one."""
-        left, last = deadline_s - time.time(), self.last_save_s
-        self.notices[node_id] = Notice(self._names(node_id), deadline_s)
-        if last is None:
-            fits = "how long a save takes is not known yet"
-        else:
-            fits = f"a save takes {last:.1f}s, which {'fits' if last < left else 'does not fit: periodic saves have to do'}"
-        self.echo(f"notice: {self._names(node_id)} is taken away in {left:.0f}s: saving ({fits})")
-        self.session.journal.event("notice", host=self._names(node_id), node_id=node_id, seconds=left, fits=fits)
-        self.inbox.ask_to_save.remote()
-        leaving = sum(rank.node_id == node_id for rank in self.ranks)
-        self.requests.set(self.requests.asked + leaving, away_from={rank.node_id for rank in self.ranks})
-
-    def _names(self, node_id: str) -> str:
-        here = [rank for rank in self.ranks if rank.node_id == node_id]
-        ranks = ", ".join(str(rank.rank) for rank in here)
-        return f"{here[0].host} (rank{'s' if len(here) > 1 else ''} {ranks})"
-
-    def _grow(self, crew: Crew) -> None:
-        """Interrupt the run for more workers once there is lasting room for them; it saves before."""
-        more = self.requests.granted(for_s=SETTLE_S)
-        if self._training and more and not (self._resizing or self.notices or self.stop_asked()):
-            self._resizing = True
-            self.echo(f"there is room for {more} more workers: saving, to go on with {crew.workers + more}")
-            self.inbox.ask_to_stop.remote()
-
-    def _end_silent_rank(self, post: Post) -> bool:
-        """Name and end a process that hangs: Ray Train then restarts the workers. True when its machine does not answer."""
-        ages = {rank: post.beats.get((rank.group, rank.rank), 0.0) for rank in self.ranks}
-        silent = [rank for rank, age in ages.items() if age > SILENT_S]
-        if not silent or self._hung or (len(silent) == len(ages) > 1):  # all of them: the network, or the driver itself
-            return False
-        self._hung = rank = silent[0]
-        self.echo(
-            f"rank {rank.rank} on {rank.host} (process {rank.pid}) has not been heard of for {ages[rank]:.0f}s: ending it"
-        )
-        self.session.journal.event("hang", **dataclasses.asdict(rank), silent_s=ages[rank])
-        if not kill_process(rank.node_id, rank.pid):
-            self._failed("hang", f"rank {rank.rank} on {rank.host} hangs, and so does its machine")
-            return True
-        return False
-
-    def _check_session(self) -> None:
-        if self.session.failure:
-            raise WorkerError(self.session.failure.message, self.session.failure.exit_code)
-        if self.session.lease.lost:
-            raise self._fenced()
-
-    def _fenced(self) -> WorkerError:
-        return WorkerError(f"Another driver has taken over {self.session.run_dir}: this one writes nothing more.", 1)
+        return WorkerError(str(self.session.lease.why_lost), 1)
 
 
 _WHAT_HAPPENED: dict[Cause, str] = {
