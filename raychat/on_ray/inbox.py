@@ -12,9 +12,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raychat.training.build import Job
 from raychat.training.events import Event
-from raychat.training.loop import Signal
+from raychat.training.job import Job
+from raychat.training.state import Signal
 
 ASK_EVERY_S = 0.25
 

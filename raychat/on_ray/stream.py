@@ -24,7 +24,7 @@ from raychat.data.order import Order, rank_slice
 from raychat.data.shards import RowReader, read_manifest
 from raychat.errors import DataError
 from raychat.on_ray import task_errors
-from raychat.training.build import BatchPlan
+from raychat.training.job import BatchPlan
 
 BLOCK_BYTES = 8 * 2**20  # fat blocks cost less per row
 MAX_STEPS_PER_BLOCK = 32

@@ -22,8 +22,8 @@ from raychat.on_ray.watchers import Watchers
 from raychat.planning import recipe
 from raychat.progress import format_duration
 from raychat.storage import Store
-from raychat.training.build import Job
 from raychat.training.events import Metrics, Saved
+from raychat.training.job import Job
 from raychat.training.session import Session
 
 TICK_S = 0.2

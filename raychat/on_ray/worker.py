@@ -12,9 +12,10 @@ import ray.train.torch
 
 from raychat.errors import RaychatError
 from raychat.on_ray.inbox import Hello, OrderPoll, Rank
-from raychat.training.build import Job, train
+from raychat.training.build import train
 from raychat.training.events import Ended, Event, Failed
-from raychat.training.loop import Signal
+from raychat.training.job import Job
+from raychat.training.state import Signal
 from raychat.training.world import World
 
 BEAT_S = 2.0

@@ -27,8 +27,9 @@ from raychat.planning import format_plan, make_plan
 from raychat.tracking.shipping_state import MLFLOW_STATUS, End, ShippingState
 from raychat.tracking.tracking_uri import default_tracking_uri, store_error
 from raychat.training import device
-from raychat.training.build import BatchPlan, train
+from raychat.training.build import train
 from raychat.training.events import Event
+from raychat.training.job import BatchPlan
 from raychat.training.session import Session
 from raychat.training.state import Signal
 from raychat.training.world import World

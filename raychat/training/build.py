@@ -2,9 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,48 +20,11 @@ from raychat.storage import Store
 from raychat.training import checkpoint
 from raychat.training.device import Resolved, device_type, resolve
 from raychat.training.events import Line, Note, Sink
+from raychat.training.job import BatchPlan, BatchSource, Job
 from raychat.training.lease import taken_over
 from raychat.training.loop import Trainer
 from raychat.training.state import Clock, LoopState, Signal, Surroundings
 from raychat.training.world import World
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What the driver hands to every rank: plain values that cross process and machine borders.
-
-    `checkpoint` is the path or URI of the verified one to go on from. `wall_before_s` and `cost_before_usd` are those of
-    earlier attempts; this one holds `nodes` machines.
-    """
-
-    config: dict[str, Any]
-    tokens_dir: str
-    tokenizer_dir: str
-    checkpoint: str | None
-    attempt: int
-    attempt_started: float
-    wall_before_s: float
-    lease_holder: str
-    journal_offset: int
-    nodes: int = 1
-    cost_before_usd: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchPlan:
-    """Which batches a rank wants: a pure function of this gives the rows, wherever they are read."""
-
-    tokens_dir: str
-    seed: int
-    lanes: int
-    cursor: int
-    num_batches: int
-    rows_per_batch: int
-    rank: int
-    world_size: int
-
-
-BatchSource = Callable[[BatchPlan], Iterator[Batch]]
 
 
 def train(
@@ -91,8 +52,8 @@ def train(
     )
     state, lanes = LoopState(), lanes_for(rows)
     if job.checkpoint:
-        found = checkpoint.trusted(Path(job.checkpoint))
-        found.load(model, optimizer)
+        found = checkpoint.trusted(job.checkpoint)
+        found.load(model, optimizer, world=world)
         state, lanes = LoopState.restore(found.meta["state"]), found.meta["lanes"]
 
     def open_batches(state: LoopState) -> Iterator[Batch]:
@@ -245,7 +206,7 @@ def _agree_on_machine(config: Config, job: Job, world: World, sink: Sink) -> Res
     """Rank 0's choices, for all ranks; those of the checkpoint when it was written on the same hardware."""
     mine = resolve(config, local_world_size=world.local_world_size)
     if world.rank == 0 and job.checkpoint:
-        stored = Resolved(**checkpoint.read_meta(Path(job.checkpoint))["resolved"])
+        stored = Resolved(**checkpoint.read_meta(job.checkpoint)["resolved"])
         if stored.hardware != mine.hardware:
             sink(Line(f"hardware changed from {stored.hardware} to {mine.hardware}: choices are made anew"))
         elif not _asked_otherwise(config, stored):

@@ -23,9 +23,9 @@ from raychat.tracking.journal import Journal, read_events, read_journal, records
 from raychat.tracking.ledger import Ledger, ledger
 from raychat.tracking.summary import Status, Summary
 from raychat.training import checkpoint, outcome
-from raychat.training.build import Job
 from raychat.training.events import Ended, Event, Failed, Line, Metrics, Note, Saved
 from raychat.training.hooks import run_hook
+from raychat.training.job import Job
 from raychat.training.lease import Lease
 from raychat.training.mirror import Mirror
 from raychat.training.retry import Cause, give_up

@@ -20,7 +20,7 @@ from raychat.data.shards import RowReader
 from raychat.errors import DataError
 from raychat.on_ray import stream
 from raychat.on_ray.stream import PackedRows, RankStream, Span
-from raychat.training.build import BatchPlan
+from raychat.training.job import BatchPlan
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 

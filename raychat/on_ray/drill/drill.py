@@ -164,6 +164,7 @@ class Drill:
             for schedule in self.planned:
                 run = self._run(schedule.name, elastic=schedule.name == "elastic")
                 self._disturbed(schedule, run, plain, progress)
+        self.verdict.facts += report.medians(self.verdict.rows)
         return self.verdict
 
     def _undisturbed(self, run: Run, progress: Progress) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,23 @@ def table(rows: Sequence[Row]) -> str:
     ]
     texts.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(texts)
+
+
+def medians(rows: Sequence[Row]) -> list[str]:
+    """For each fault, how long it took to notice it and to come back, in the middle of its rounds."""
+    lines = []
+    for kind in dict.fromkeys(row.fault for row in rows):
+        of_kind = [row for row in rows if row.fault == kind]
+        noticed = [row.detected_s for row in of_kind if row.detected_s is not None]
+        back = [row.resumed_s for row in of_kind if row.resumed_s is not None]
+        parts = [
+            f"{name} after {statistics.median(times):.1f}s"
+            for name, times in (("noticed", noticed), ("back", back))
+            if times
+        ]
+        if parts:
+            lines.append(f"{kind}: {', '.join(parts)} (median of {len(of_kind)})")
+    return lines
 
 
 def write(path: Path, rows: Sequence[Row], facts: Sequence[str]) -> None:
