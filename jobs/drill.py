@@ -10,6 +10,7 @@ equal, 1 when not, 2 for what cannot be done.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def main(args: list[str]) -> int:
     faults = tuple(filter(None, given.pop("faults").split(",")))
     from raychat.on_ray.drill import drill  # after the parser: ray and torch take seconds to load
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started and mounted is not left behind
     return drill.run(drill.Settings(faults=faults, **given), echo=lambda text: print(text, flush=True))
 
 

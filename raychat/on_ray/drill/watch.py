@@ -116,7 +116,7 @@ class Run:
         return self._started.poll()
 
     def wait_for(self, found: Callable[[], Any], what: str, timeout_s: float, *, may_end: bool = False) -> Any:
-        """Look at the journal again and again until `found` gives something; that.
+        """Look at the journal again and again until `found` gives something that counts as true; that.
 
         Raises:
             LostRunError: it did not within the time, or the driver ended before (when that `may_end`, `found` has the
@@ -127,7 +127,7 @@ class Run:
             ended = self.exit_code is not None  # asked first: what it wrote before is there now
             self.journal.look()
             self.on_step(self.journal.steps)
-            if (value := found()) is not None and value is not False:
+            if value := found():
                 return value
             if ended and may_end:
                 return None
