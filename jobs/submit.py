@@ -10,6 +10,7 @@ directory is packed anew each time. On Kubernetes the `backoffLimit` of a RayJob
 """
 
 import argparse
+import logging
 import math
 import os
 import shlex
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat import cli
 from raychat.checks import require
+from raychat.uris import public_uri
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130  # what a shell gives for Ctrl-C
@@ -42,9 +44,15 @@ def main(argv: Sequence[str]) -> int:
         f"--working-dir {args.working_dir} holds no jobs/pretrain.py: leave it out to upload this checkout.",
     )
     config = None if args.stop else cli.parse(flags, prog="python jobs/submit.py ... --", description=__doc__ or "")
+    require(
+        all(public_uri(value) == value for flag in flags for value in (flag, flag.partition("=")[2])),
+        "A flag holds credentials, and Ray shows the command of a job in its log and on its dashboard: give them to the "
+        "nodes of the cluster in their environment, for example AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+    )
     from raychat.on_ray import submission  # after the checks: ray takes seconds to load
 
     patience_s = math.inf if args.keep_alive else PATIENCE_S
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it names every file that it leaves out of an upload
     server = submission.JobServer(args.address, patience_s=patience_s, echo=_say, show=_show)
     if config is None:
         server.stop(args.stop)

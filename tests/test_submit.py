@@ -1,8 +1,11 @@
 """Keeping a run alive from outside: when its job is submitted again, and what its log and its journal say."""
 
 import json
+import runpy
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -179,3 +182,24 @@ def test_an_address_that_is_no_job_server_is_refused(hasty, tmp_path):
         with pytest.raises(ConfigError, match="refuses"):
             server.follow("job")
         web.shutdown()
+
+
+REFUSED = {
+    "address": (["--address", "127.0.0.1:6379"], "http://HOST:8265"),
+    "working directory": (["--working-dir", "/nowhere"], "no jobs/pretrain.py"),
+    "time to stop": (["--stop-wait-s", "0"], "above 0"),
+    "password": (["--", "--tracking-uri", "http://me:word@host"], "credentials"),
+    "secret": (["--", "--storage-path=s3://key:word@bucket/runs"], "credentials"),
+    "secret option": (["--", "--storage-path=s3://bucket/runs?secret_key=word"], "credentials"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "remedy"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_submitted_is_refused_before_ray_is_loaded(arguments, remedy, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    job = Path(__file__).parents[1] / "jobs" / "submit.py"
+    main = runpy.run_path(str(job), run_name="submit")["main"]
+    monkeypatch.setitem(sys.modules, "ray", None)  # importing it would fail
+    with pytest.raises(ConfigError, match=remedy) as refusal:
+        main(arguments)
+    assert "word" not in str(refusal.value)
