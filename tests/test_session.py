@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 
 import pytest
 from runs import after, dying_at, open_session, run_here
@@ -10,10 +11,12 @@ from runs import after, dying_at, open_session, run_here
 from raychat.config import Config
 from raychat.errors import CheckpointError
 from raychat.tracking.journal import read_events, read_journal
+from raychat.tracking.ledger import Ledger
 from raychat.tracking.summary import Summary
 from raychat.training import checkpoint
+from raychat.training.events import Metrics, Note, Saved
 from raychat.training.lease import LeaseError
-from raychat.training.loop import Signal
+from raychat.training.state import LoopState, Signal
 
 FIELDS = {field.name for field in dataclasses.fields(Summary)}
 MAY_BE_NULL = {"core_metric", "mfu", "cost_usd", "mlflow_run_id"}  # no CORE, no peak of a CPU, no price, no tracking
@@ -38,7 +41,11 @@ def test_finished_run_has_every_file_and_every_field(config):
     assert written["checkpoint"] == str(ran.run_dir / "checkpoints" / "step_00000004")
     assert {name for name, value in written.items() if value is None} == MAY_BE_NULL
     assert 0 < written["goodput"] <= 1
-    assert written["wall_time_s"] > 0
+    assert sum(written[name] for name in Ledger().accounts()) == pytest.approx(written["wall_time_s"])
+    assert min(written[name] for name in ("productive_s", "startup_s", "checkpoint_stall_s", "evaluation_s")) > 0
+    assert written["goodput"] == pytest.approx(written["productive_s"] / written["wall_time_s"])
+    [last] = [record for record in ran.records if "ledger/productive_s" in record]
+    assert (last["step"], last["ledger/productive_s"]) == (4, written["productive_s"])
     assert (ran.run_dir / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads((ran.run_dir / "config.json").read_text())
     assert saved["config"] == config().flat()
@@ -218,13 +225,122 @@ def test_wall_time_and_restarts_add_up_over_attempts(config):
     assert second.summary.goodput < 1
 
 
+def told_of_steps(session, steps):
+    """The driver hears of steps of a second each."""
+    for step in steps:
+        session.receive(Metrics(step, {"train/loss": 1.0, "time/productive": step + 1.0}, time.time()))
+
+
+def told_of_save(session, step):
+    state = dataclasses.asdict(LoopState(step=step, rows_consumed=8 * step, step_time_s=float(step)))
+    path = str(session.run_dir / "checkpoints")
+    session.receive(Saved(step, path, state, stall_s=0.1, total_s=0.3, bytes=1000, synchronous=False))
+
+
+def die(session):
+    """What is left when a driver is killed."""
+    session.journal.close()
+    session.lease.release()
+
+
+def test_attempts_are_given_up_when_they_fail_at_one_step_over_all_drivers(config):
+    session = open_session(config())
+    for _ in range(2):
+        session.begin_attempt()
+        told_of_steps(session, range(3))
+        assert session.attempt_failed("crash", "boom") is None
+    die(session)
+    second = open_session(config())
+    second.begin_attempt()
+    told_of_steps(second, range(3))
+    assert second.attempt_failed("lost", "a node is gone") is None
+    second.begin_attempt()
+    told_of_steps(second, range(3))
+    assert "3 times at the same step, 3" in second.attempt_failed("hang", "silent")
+    second.close("failed")
+    failures = [e for e in read_events(second.journal.path) if e["event"] == "failure"]
+    assert [(e["cause"], e["step"], e["error"]) for e in failures] == [
+        ("crash", 3, "boom"), ("crash", 3, "boom"), ("lost", 3, "a node is gone"), ("hang", 3, "silent"),
+    ]  # fmt: skip
+    third = open_session(config())
+    third.begin_attempt()
+    assert third.attempt_failed("crash", "boom") is None  # somebody decided to run it again
+    third.abort()
+
+
+def test_every_loss_of_a_machine_is_told_from_a_crash_in_the_summary(config):
+    session = open_session(config())
+    for cause in ("preempted", "crash", "preempted", "lost", "resize"):
+        session.begin_attempt()
+        session.attempt_failed(cause, "x")
+    session.begin_attempt()
+    session.receive(Note("save_failed", {"step": 1, "error": "disk full"}))
+    summary = session.close("stopped")
+    assert (summary.restarts, summary.preemptions, summary.failed_saves) == (5, 2, 1)
+
+
+def test_rollback_within_an_attempt_supersedes_the_steps_after_it(config):
+    session = open_session(config())
+    session.begin_attempt()
+    told_of_steps(session, range(2))
+    told_of_save(session, 2)
+    told_of_steps(session, range(2, 4))
+    session.receive(Note("rollback", {"from_step": 2, "bad_step": 4, "cursor": 32, "reason": "nan"}))
+    session.receive(Metrics(2, {"train/loss": 7.0, "time/productive": 3.0}, time.time()))
+    summary = session.close("stopped")
+    losses = {r["step"]: r["train/loss"] for r in read_journal(session.journal.path) if "train/loss" in r}
+    assert losses == {0: 1.0, 1: 1.0, 2: 7.0}
+    assert (summary.rollbacks, summary.skipped_batches, summary.replayed_steps) == (1, 1, 2)
+
+
+def test_evaluation_in_a_replay_is_booked_though_its_metrics_are_not_repeated(config):
+    session = open_session(config())
+    for _ in range(2):
+        session.begin_attempt()
+        session.receive(Metrics(0, {"val/bpb": 3.0, "val/time_s": 0.001}, time.time()))
+        session.attempt_failed("crash", "x")
+    assert session.close("failed").evaluation_s == pytest.approx(0.002)
+
+
+def test_machines_of_each_attempt_are_paid_for(config, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    session = open_session(config(price_per_hour=3600.0))
+    job = session.begin_attempt(nodes=2)
+    assert (job.nodes, job.cost_before_usd) == (2, 0.0)
+    now[0] += 5
+    session.attempt_failed("lost", "x")
+    job = session.begin_attempt(nodes=1)
+    assert (job.nodes, job.cost_before_usd, job.wall_before_s) == (1, 10.0, 5.0)
+    now[0] += 3
+    assert session.cost_usd() == 13.0
+    assert session.close("stopped").cost_usd == 13.0
+
+
+def test_command_of_the_user_runs_after_the_summary_is_written(config):
+    lines = []
+    command = 'echo "$RAYCHAT_EVENT $RAYCHAT_MODEL_TAG $RAYCHAT_RUN_DIR"; grep status "$RAYCHAT_SUMMARY"; ' + (
+        'echo "$RAYCHAT_STATUS_LINE"; test ! -e "$RAYCHAT_RUN_DIR/lease.json"; exit 7'
+    )
+    session = open_session(config(on_event=command), lines.append)
+    session.begin_attempt()
+    assert session.close("stopped").status == "stopped"
+    assert lines[-4] == f"on-event: stopped d2 {session.run_dir}"
+    assert '"status": "stopped"' in lines[-3]
+    assert lines[-2].startswith("on-event: stopped: step 0 of 4")
+    assert "exit code 7" in lines[-1]
+
+
 def test_closing_lines_say_what_the_money_bought(config):
     session = open_session(config(price_per_hour=3.0))
     session.begin_attempt()
-    summary = dataclasses.replace(session.close("stopped"), tokens=1234, tok_per_sec=56.0, cost_usd=0.42)
+    summary = dataclasses.replace(
+        session.close("stopped"), tokens=1234, tok_per_sec=56.0, cost_usd=0.42, productive_s=3.0, startup_s=1.0
+    )
     text = "\n".join(session.closing_lines(summary))
     assert "stopped: step 0 of 4" in text
     assert "1,234 tokens" in text
+    assert "time: 75% productive, 0% replayed, 25% start-up" in text
     assert "$0.42" in text
 
 

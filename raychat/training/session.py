@@ -152,7 +152,7 @@ class Session:
     def receive(self, event: Event) -> None:
         """Take in what a training process tells."""
         if self.lease.lost:
-            self.failure = Failed(f"Another driver has taken over {self.run_dir}: this one writes nothing more.", 1)
+            self.failure = Failed(str(self.lease.why_lost), 1)
             return
         match event:
             case Line(text):
