@@ -215,7 +215,7 @@ class _Folder(Store):
         if target.path.exists():
             raise FileExistsError(f"{target.path} exists: {self.path / name} is not moved onto it")
         target.path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(self.path / name, target.path)
+        (self.path / name).rename(target.path)  # not shutil.move, which copies when that fails
         sync_folder(target.path.parent)
 
     def free_bytes(self) -> int | None:

@@ -9,38 +9,19 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from safetensors.torch import load_file
+from saves import meta, trained
 
 from raychat.errors import CheckpointError
-from raychat.model import GPT, GPTConfig
-from raychat.optim import build_optimizer
 from raychat.training import checkpoint, saver
 from raychat.training.world import World
 
-SHAPE = {
-    "sequence_len": 16,
-    "vocab_size": 70,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_kv_head": 2,
-    "n_embd": 32,
-    "window_pattern": "L",
-}
 
-
-def trained(steps: int = 2, seed: int = 0):
-    """A small model and its optimizer after some steps, on as many ranks as there are."""
-    model = GPT(GPTConfig(**SHAPE))
-    optimizer = build_optimizer(model)
-    for step in range(steps):
-        tokens = torch.randint(70, (4, 17), generator=torch.Generator().manual_seed(100 * seed + step))
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer
-
-
-def meta(step: int, val_bpb: float | None = None, *, tag: str = "tag") -> dict:
-    return {"step": step, "state": {"val_bpb": val_bpb, "val_step": step}, "config": {"model_tag": tag}, "attempt": 1}
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory):
+    """A root with a checkpoint of step 2 that two ranks wrote, for tests that read it."""
+    root = tmp_path_factory.mktemp("two")
+    run_ranks(_save_rank, 2, root)
+    return root
 
 
 def save_here(root, step: int = 2, val_bpb: float | None = None):
@@ -131,9 +112,8 @@ def test_weights_of_another_save_of_the_same_step_are_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["MANIFEST.rank00001.json", "optim-00001-of-00002.safetensors"])
-def test_missing_file_of_a_rank_is_noticed(tmp_path, name):
-    run_ranks(_save_rank, 2, tmp_path)
-    path = tmp_path / "step_00000002"
+def test_missing_file_of_a_rank_is_noticed(tmp_path, of_two_ranks, name):
+    path = shutil.copytree(of_two_ranks / "step_00000002", tmp_path / "step_00000002")
     (path / name).unlink()
     with pytest.raises(CheckpointError, match=name):
         checkpoint.verify(path)
@@ -229,11 +209,10 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path, writers):
         assert seen == {key: len(tensor) for key, (_, tensor) in whole.items()}  # every row has exactly one owner
 
 
-def test_optimizer_files_of_ranks_add_up_to_the_whole_state(tmp_path):
-    run_ranks(_save_rank, 2, tmp_path)
+def test_optimizer_files_of_ranks_add_up_to_the_whole_state(of_two_ranks):
     _, optimizer = trained(steps=0)
     elements = sum(tensor.numel() for _, tensor in optimizer.owned_state().values())
-    files = [load_file(path) for path in (tmp_path / "step_00000002").glob("optim-*.safetensors")]
+    files = [load_file(path) for path in (of_two_ranks / "step_00000002").glob("optim-*.safetensors")]
     assert sum(tensor.numel() for file in files for tensor in file.values()) == elements
     assert all(file for file in files)
 

@@ -6,7 +6,7 @@ import time
 import zlib
 
 import pytest
-from s3_server import CUT, proxy, s3_server
+from s3_server import CUT, free_port, proxy, s3_server
 
 from raychat import storage
 from raychat.errors import ConfigError
@@ -186,6 +186,19 @@ def test_upload_that_breaks_off_leaves_no_object(server, tmp_path, monkeypatch, 
         with pytest.raises(OSError, match="AWS Error"):
             store.write_bytes("large", bytes(25_000_000))
         assert store.names() == ["small"]
+    storage._connect.cache_clear()
+
+
+def test_google_storage_that_is_out_of_reach_is_an_error_in_bounded_time(monkeypatch):
+    monkeypatch.setattr(storage, "SILENCE_S", 1.0)
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    storage._connect.cache_clear()
+    store = Store.of(f"gs://anonymous@bucket/x?endpoint_override=127.0.0.1:{free_port()}&scheme=http")
+    start = time.monotonic()
+    for call in (store.names, lambda: store.write_bytes("y", b"2")):
+        with pytest.raises(OSError, match="[Cc]onnect"):
+            call()
+    assert time.monotonic() - start < 30
     storage._connect.cache_clear()
 
 

@@ -101,13 +101,6 @@ def identity(meta: dict[str, Any]) -> dict[str, Any]:
     return {"run": run, "step": meta["step"], "attempt": meta.get("attempt")}
 
 
-def save(root: Place, model: GPT, optimizer: MuonAdamW, meta: dict[str, Any], world: World) -> Path:
-    """The synchronous save of `saver.py`."""
-    from raychat.training import saver
-
-    return saver.save(Store.of(root), model, optimizer, meta, world).path
-
-
 def trusted(place: Place) -> Checkpoint:
     """The checkpoint at `place`, which the driver has just verified: ranks need not all read it twice."""
     return Checkpoint(Store.of(place), read_meta(place))
@@ -186,7 +179,7 @@ def remove(root: Place, step: int) -> None:
     store, name = Store.of(root), folder_name(step)
     if store.is_local:
         staging = f".{name}.{uuid.uuid4().hex}.tmp"
-        store.move(name, store.child(staging))
+        (store.path / name).rename(store.path / staging)
         store.delete(staging)
     else:
         store.delete(f"{name}/{MARKER}")
