@@ -32,7 +32,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--allow-node-kill", action="store_true", help="node-kill may end nodes of that cluster")
     parser.add_argument("--corpus", default="embedded", help="text to train on; default: %(default)s")
     parser.add_argument(
-        "--work-dir", type=Path, help="folder that keeps all runs; default: one that is deleted at the end"
+        "--work-dir", type=Path, help="folder that keeps all runs; default: one that goes when all is well"
     )
     parser.add_argument("--out", type=Path, help="file for the table: .csv, else markdown")
     given = vars(parser.parse_args(args))

@@ -164,6 +164,7 @@ def _start(*, head: bool = False, **parameters: Any) -> Node:
         max_worker_port=0,
         dashboard_agent_listen_port=0,
         include_dashboard=False,
+        dashboard_port=0,  # pyrefly: ignore[bad-argument-type] # it is started all the same
         include_log_monitor=False,  # pyrefly: ignore[bad-argument-type]
         no_monitor=True,
         **parameters,

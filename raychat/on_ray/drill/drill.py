@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -104,9 +105,8 @@ def run(settings: Settings, *, echo: Echo) -> int:
     planned = schedules(
         settings.kinds, rounds=settings.rounds, seed=settings.seed, step_s=settings.step_s, save_every=SAVE_EVERY
     )
-    with contextlib.ExitStack() as stack:
-        folder = settings.work_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raychat-drill-")))
-        drill = stack.enter_context(_open(settings, folder.absolute(), planned, echo))
+    folder = (settings.work_dir or Path(tempfile.mkdtemp(prefix="raychat-drill-"))).absolute()
+    with _open(settings, folder, planned, echo) as drill:
         verdict = drill.carry_out()
     echo("")
     echo(report.table(verdict.rows))
@@ -115,6 +115,10 @@ def run(settings: Settings, *, echo: Echo) -> int:
     if settings.out:
         report.write(settings.out, verdict.rows, [*verdict.facts, *verdict.problems])
         echo(f"written to {settings.out}")
+    if settings.work_dir or verdict.problems:
+        echo(f"what the drivers said, and what they left, is in {folder}")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
     return 1 if verdict.problems else 0
 
 
@@ -194,8 +198,12 @@ class Drill:
                     self._tell(f"{schedule.name} {number} of {len(schedule.faults)}", injected)
                 self._to_the_end(run)
         except LostRunError as lost:
-            self.verdict.problems.append(f"{schedule.name}: the run is LOST: {lost}; its words are in {run.output}")
+            self.verdict.problems.append(
+                f"{schedule.name}: the run is LOST: {lost}; the driver's output is {run.output}"
+            )
         self._compare(schedule, run, plain, done)
+        if disk and run.journal.path.exists():  # the disk goes with the drill
+            shutil.copy(run.journal.path, self.folder / f"{run.run_dir.name}.jsonl")
 
     def _tell(self, place: str, injected: Injected) -> None:
         back = "" if injected.resumed is None else f", back after {injected.resumed - injected.since:.1f}s"
