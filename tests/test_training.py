@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from runs import after, dying_at, open_session, run_here
+from runs import InStep, after, dying_at, open_session, run_here
 from safetensors.torch import load_file
 
 from raychat.config import Config
@@ -25,9 +25,11 @@ from raychat.training import checkpoint
 from raychat.training.__main__ import read_here
 from raychat.training.build import Job, build_model, train
 from raychat.training.device import resolve
-from raychat.training.events import Line, Metrics, Note
+from raychat.training.events import Line, Metrics, Note, Saved
+from raychat.training.lease import LeaseError
 from raychat.training.loop import DivergedError, Signal
 from raychat.training.save_clock import MAX_INTERVAL_S, SaveClock, save_interval_s
+from raychat.training.saver import SaveOutcome, Saver
 from raychat.training.scaler import GROWTH_STEPS, LossScaler
 from raychat.training.state import Clock
 from raychat.training.world import World
@@ -93,6 +95,80 @@ def test_save_signal_saves_and_goes_on(whole, config):
     ran = run_here(config(), after(2, Signal.SAVE))
     assert (ran.run_dir / "checkpoints" / "step_00000002").is_dir()
     assert ran.losses == whole.losses
+
+
+@dataclasses.dataclass
+class Outside(InStep):
+    """A poll that gives `signal` once, when it is first asked outside of steps after so many steps."""
+
+    signal: Signal = Signal.NONE
+
+    def __call__(self) -> Signal:
+        inside, self.inside = self.inside, False
+        if inside or self.begun != self.steps:
+            return Signal.NONE
+        given, self.signal = self.signal, Signal.NONE
+        return given
+
+
+def outside(steps, signal):
+    return Outside(steps, lambda: Signal.NONE, signal=signal)
+
+
+def saved_steps(ran):
+    return [event["step"] for event in read_events(ran.run_dir / "metrics.jsonl") if event["event"] == "checkpoint"]
+
+
+def test_a_stop_during_an_evaluation_abandons_it_and_saves(whole, config):
+    first = run_here(config(), outside(2, Signal.STOP))
+    assert (first.summary.status, first.summary.step) == ("stopped", 2)
+    assert len(first.metric("val/bpb")) == 1  # that of step 0
+    state = checkpoint.verify(first.run_dir / "checkpoints" / "step_00000002").meta["state"]
+    assert state["val_step"] == 0
+    second = run_here(config())
+    assert second.losses == whole.losses
+    assert second.metric("val/bpb") == whole.metric("val/bpb")
+
+
+def test_a_stop_during_the_last_evaluation_saves_the_finished_weights(whole, config):
+    ran = run_here(config(), outside(6, Signal.STOP))
+    assert (ran.summary.status, ran.summary.step) == ("stopped", 6)
+    assert all(weights(whole)[name].equal(tensor) for name, tensor in weights(ran).items())
+
+
+def test_a_save_asked_for_during_an_evaluation_is_made_and_the_evaluation_goes_on(whole, config):
+    ran = run_here(config(), outside(2, Signal.SAVE))
+    assert saved_steps(ran) == [2, 6]
+    assert ran.losses == whole.losses
+    assert ran.metric("val/bpb") == whole.metric("val/bpb")
+
+
+def test_a_save_asked_for_before_anything_was_trained_is_made_after_the_first_step(whole, config):
+    ran = run_here(config(), outside(0, Signal.SAVE))
+    assert saved_steps(ran) == [1, 6]
+    assert ran.losses == whole.losses
+
+
+def test_a_stop_before_the_first_step_trains_and_saves_nothing(whole, config):
+    first = run_here(config(), outside(0, Signal.STOP))
+    assert (first.summary.status, first.losses, saved_steps(first)) == ("stopped", [], [])
+    run_here(config(), after(2, Signal.STOP))
+    again = run_here(config(), outside(0, Signal.STOP))
+    assert (again.summary.status, saved_steps(again)) == ("stopped", [2])  # nothing has changed since
+    assert run_here(config()).losses == whole.losses
+
+
+def test_times_are_told_as_the_ledger_reads_them(config):
+    first = run_here(config(), after(3, Signal.STOP))
+    second = run_here(config())
+    for ran, step in ((first, 0), (second, 3)):
+        notes = [event.fields for event in ran.events if isinstance(event, Note) and event.kind == "first_step"]
+        assert notes == [{"step": step}]
+    productive = second.metric("time/productive")
+    assert np.diff([0.0, *productive]) == pytest.approx(second.metric("train/dt"), rel=0.2)
+    assert len(second.metric("val/time_s")) == len(second.metric("val/bpb")) == 4
+    state = checkpoint.verify(second.run_dir / "checkpoints" / "step_00000006").meta["state"]
+    assert productive[-1] == state["step_time_s"]
 
 
 def test_passes_of_another_size_give_the_same_losses(whole, config):
@@ -169,7 +245,7 @@ def test_gradient_that_is_no_number_stops_before_the_update(config, monkeypatch)
 
     monkeypatch.setattr(GPT, "forward", poisoned)
     with pytest.raises(DivergedError, match="weights were not updated"):
-        run_here(config(num_iterations=20, save_every=1, eval_every=-1))
+        run_here(config(num_iterations=20, save_every=1, eval_every=-1, on_bad_step="stop"))
     monkeypatch.undo()
     newest = checkpoint.newest(config().run_dir / "checkpoints", echo=print)
     tensors = load_file(newest.path / "model.safetensors")
@@ -177,21 +253,54 @@ def test_gradient_that_is_no_number_stops_before_the_update(config, monkeypatch)
 
 
 def test_failed_periodic_save_warns_and_training_goes_on(whole, config, monkeypatch):
-    save, failed = checkpoint.save, []
+    begin = Saver.begin
 
-    def full_disk(root, model, optimizer, meta, world):
-        if meta["step"] == 2:
-            failed.append(meta["step"])
-            raise CheckpointError("no checkpoint at step 2: No space left on device")
-        return save(root, model, optimizer, meta, world)
+    def full_disk(self, model, optimizer, meta):
+        monkeypatch.setattr(type(self.root), "free_bytes", lambda store: 10 if meta["step"] == 2 else 10**12)
+        begin(self, model, optimizer, meta)
 
-    monkeypatch.setattr(checkpoint, "save", full_disk)
+    monkeypatch.setattr(Saver, "begin", full_disk)
     ran = run_here(config(save_every=2))
-    assert failed == [2]
     assert ran.losses == whole.losses
     failures = [event for event in ran.events if isinstance(event, Note) and event.kind == "save_failed"]
     assert [event.fields["step"] for event in failures] == [2]
-    assert any("No space left" in line and line.startswith("warning") for line in ran.lines)
+    assert any("GB free" in line and line.startswith("warning") for line in ran.lines)
+    assert [event.step for event in ran.events if isinstance(event, Saved)] == [4, 6]
+
+
+def test_a_last_save_that_fails_ends_the_run_with_an_error(config, monkeypatch):
+    monkeypatch.setattr(Saver, "begin", broken_begin)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 6.*the same command"):
+        run_here(config())
+
+
+def broken_begin(self, model, optimizer, meta):
+    """A save that fails at once, as on a storage that is out of reach."""
+    outcome = {"step": meta["step"], "uri": None, "error": "out of reach", "fenced": False, "state": meta["state"]}
+    self._outcomes.append(SaveOutcome(**outcome, stall_s=0.0, total_s=0.0, bytes=0))
+
+
+def test_saves_that_are_waited_for_and_those_that_are_not_hold_the_same(whole, config):
+    kept = {"save_every": 2, "keep_checkpoints": 9}
+    runs = [run_here(config(save_mode=mode, model_tag=mode, **kept)) for mode in ("sync", "async")]
+    for ran in runs:
+        assert ran.losses == whole.losses
+        saved = [event for event in ran.events if isinstance(event, Saved)]
+        assert [event.step for event in saved] == [2, 4, 6]
+        assert all(event.total_s >= event.stall_s > 0 and event.bytes > 0 for event in saved)
+        assert [event.synchronous for event in saved] == [ran is runs[0], ran is runs[0], True]
+    for step in (2, 4, 6):
+        sync, later = (
+            load_file(ran.run_dir / "checkpoints" / f"step_{step:08d}" / "model.safetensors") for ran in runs
+        )
+        assert all(sync[name].equal(later[name]) for name in sync)
+
+
+def test_a_driver_whose_lease_is_gone_writes_nothing_more(config, monkeypatch):
+    monkeypatch.setattr("raychat.training.build.taken_over", lambda store, holder: True)
+    with pytest.raises(LeaseError, match="taken over"):
+        run_here(config(save_every=2))
+    assert checkpoint.steps(config().run_dir / "checkpoints") == []
 
 
 def test_limits_of_time_and_money_save_and_stop(config, monkeypatch):
@@ -248,16 +357,19 @@ def test_validation_uses_the_same_rows_for_any_world(config):
         assert np.array_equal(rows(world_size, batch), rows(1, 3))
 
 
-def _rank(job: dict) -> list:
-    """Train as one of several gloo ranks; what rank 0 told."""
+def _rank(job: dict) -> tuple[list[Metrics], int]:
+    """Train as one of several gloo ranks; what rank 0 told of steps, and how often this rank was asked."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    events = []
-    train(Job(**job), world=World(rank, world_size, rank, world_size), batches=read_here, sink=events.append)
-    return [
-        (event.step, event.values["train/loss"])
-        for event in events
-        if isinstance(event, Metrics) and "train/loss" in event.values
-    ]
+    events, asked = [], itertools.count()
+
+    def poll() -> Signal:
+        next(asked)
+        return Signal.NONE
+
+    world = World(rank, world_size, rank, world_size)
+    train(Job(**job), world=world, batches=read_here, sink=events.append, poll=poll)
+    steps = [event for event in events if isinstance(event, Metrics) and "train/loss" in event.values]
+    return steps, next(asked)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -265,12 +377,34 @@ def test_other_numbers_of_ranks_agree_with_one(whole, config, world_size):
     """The same rows in another summation order: six float32 steps of this model differ by less than 1e-5 relative."""
     session = open_session(config())
     job = dataclasses.asdict(session.begin_attempt(world_size=world_size))
-    losses = run_ranks(_rank, world_size, job)[0]
+    answers = run_ranks(_rank, world_size, job)
     session.close("finished")
-    assert [step for step, _ in losses] == list(range(6))
-    assert [loss for _, loss in losses] == pytest.approx(whole.losses, rel=1e-5)
+    steps = answers[0][0]
+    assert [event.step for event in steps] == list(range(6))
+    assert [event.values["train/loss"] for event in steps] == pytest.approx(whole.losses, rel=1e-5)
+    assert all(event.values["train/rank_spread"] >= 1 for event in steps)
+    # Before the first step, in each of six steps, and in each round of four evaluations of eight rows, two a pass.
+    rounds = -(-8 // (2 * world_size))
+    assert [asked for _, asked in answers] == [1 + 6 + 4 * rounds] * world_size
     resumed = run_here(config(num_iterations=8, allow_config_change=True))  # on one rank again
     assert checkpoint.verify(resumed.run_dir / "checkpoints" / "step_00000008").meta["state"]["rows_consumed"] == 64
+
+
+def _save_on_two(job: dict) -> list[tuple[int, bool]]:
+    """Train with periodic saves; on rank 0 the steps that were saved, and whether that was waited for."""
+    rank, events = dist.get_rank(), []
+    train(Job(**job), world=World(rank, 2, rank, 2), batches=read_here, sink=events.append)
+    return [(event.step, event.synchronous) for event in events if isinstance(event, Saved)]
+
+
+def test_ranks_save_together_while_they_train(whole, config):
+    session = open_session(config(save_every=2))
+    job = dataclasses.asdict(session.begin_attempt(world_size=2))
+    saved = run_ranks(_save_on_two, 2, job)
+    session.close("finished")
+    assert saved == [[(2, False), (4, False), (6, True)], []]
+    resumed = run_here(config(num_iterations=8, allow_config_change=True))
+    assert resumed.summary.step == 8
 
 
 def test_save_interval_balances_saving_and_redoing():

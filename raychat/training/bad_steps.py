@@ -98,14 +98,22 @@ def load_newest(
     """Put the newest verified checkpoint in place on every rank, or the seeded initial state where there is none.
 
     Rank 0 looks for it; damaged ones that are later are moved to the folder `aside`, where no later save meets them.
+
+    Raises:
+        OSError: on every rank, when storage cannot be reached.
     """
-    found = None
+    found, problem = None, None
     if world.rank == 0:
-        found = checkpoint.newest(root.path, echo=echo)
-        checkpoint.set_aside_after(root.path, found.step if found else -1, aside)
-    found = world.broadcast(found)
+        try:
+            found = checkpoint.newest(root, echo=echo)
+            checkpoint.set_aside_after(root, found.step if found else -1, aside)
+        except OSError as error:
+            problem = f"{root}: {error}"
+    found, problem = world.broadcast((found, problem))
+    if problem:
+        raise OSError(problem)
     if found:
-        found.load(model, optimizer)
+        found.load(model, optimizer, world=world)
     else:
         model.init_weights(seed)
         shapes = optimizer.state_shapes()

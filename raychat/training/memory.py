@@ -45,7 +45,8 @@ class MemoryGauge:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._base, self._per_sequence = 0, None
+        self._base = 0
+        self._per_sequence: float | None = None
 
     def before_pass(self) -> None:
         """A pass is about to begin."""

@@ -1,74 +1,18 @@
 """When checkpoints are made, and what is said about them. Every rank makes the same calls at the same steps."""
 
-import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
 
 from raychat.config import SaveSettings
 from raychat.errors import CheckpointError
 from raychat.model import GPT
 from raychat.optim import MuonAdamW
-from raychat.training import checkpoint
 from raychat.training.events import Saved
 from raychat.training.lease import LeaseError
 from raychat.training.reporting import Reporter
 from raychat.training.save_clock import SaveClock
+from raychat.training.saver import SaveOutcome, Saver
 from raychat.training.state import LoopState, Surroundings
 from raychat.training.world import World
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveOutcome:
-    step: int
-    uri: str | None
-    error: str | None
-    fenced: bool
-    state: dict[str, Any]
-    stall_s: float
-    total_s: float
-    bytes: int
-
-
-class Saver:
-    """Synchronous stand-in."""
-
-    busy = False
-
-    def __init__(self, root, world, *, keep, fence) -> None:
-        self.root, self.world, self.keep, self.fence, self._outcome = root.path, world, keep, fence, None
-
-    def begin(self, model, optimizer, meta) -> None:
-        start, path, error = time.perf_counter(), None, None
-        fenced = self.world.broadcast(self.world.rank == 0 and self.fence())
-        try:
-            if not fenced:
-                path = checkpoint.save(self.root, model, optimizer, meta, self.world)
-                if self.world.rank == 0:
-                    checkpoint.prune(self.root, self.keep)
-        except CheckpointError as problem:
-            error = str(problem)
-        took = time.perf_counter() - start
-        size = sum(f.stat().st_size for f in Path(path).iterdir()) if path else 0
-        self._outcome = SaveOutcome(
-            step=meta["step"],
-            uri=path and str(path),
-            error=error,
-            fenced=fenced,
-            state=meta["state"],
-            stall_s=took,
-            total_s=took,
-            bytes=size,
-        )
-
-    def finished(self):
-        outcome, self._outcome = self._outcome, None
-        return outcome
-
-    wait = finished
-
-    def close(self) -> None:
-        pass
 
 
 class Saves:
