@@ -1,9 +1,14 @@
-"""What version 0.1 wrote stays readable: a run of three steps, kept under `fixtures/format-1` as it was written."""
+"""What earlier versions wrote stays readable.
+
+`fixtures/format-1` is a run of three steps as version 0.1 wrote it; `fixtures/format-2` holds its checkpoint in the next
+format, with a marker.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
+from saves import equal, values
 
 from raychat.config import Config
 from raychat.data.batches import validation_rows
@@ -19,7 +24,8 @@ from raychat.training.build import gpt_config
 from raychat.training.device import Resolved
 from raychat.training.loop import LoopState
 
-OLD = Path(__file__).parent / "fixtures" / "format-1"
+FIXTURES = Path(__file__).parent / "fixtures"
+OLD = FIXTURES / "format-1"
 LOSSES = [5.597165107727051, 5.596438407897949, 5.596736907958984]
 VAL_BPB = 7.063119983421877
 
@@ -43,6 +49,20 @@ def test_old_checkpoint_gives_the_model_that_was_saved(old):
     token_bytes = torch.as_tensor(Tokenizer.load(OLD / "tokenizer").token_bytes)
     batches = (torch.from_numpy(block.astype("int64")) for block in rows)
     assert evaluate_bpb(model, batches, token_bytes, torch.device("cpu")) == pytest.approx(VAL_BPB, rel=1e-5)
+
+
+def test_checkpoints_of_all_formats_hold_the_same(old):
+    """The one of format 2 was made by loading the one of format 1 and saving it."""
+    new = checkpoint.verify(FIXTURES / "format-2" / "checkpoint")
+    assert (old.meta["format"], new.meta["format"]) == (1, 2)
+    assert old.meta | {"format": 2} == new.meta
+    held = []
+    for found in (old, new):
+        model = GPT(gpt_config(Config.from_flat(found.meta["config"])))
+        optimizer = build_optimizer(model)
+        found.load(model, optimizer)
+        held.append(values(model, optimizer))
+    assert equal(*held)
 
 
 def test_old_state_is_understood(old):
