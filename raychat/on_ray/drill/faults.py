@@ -149,7 +149,10 @@ class Faults:
             first = journal.events("first_step", starts[0]["time"]) if starts else []
             return first[0]["time"] if first else None
 
-        back = self.run.wait_for(grown, f"{self.workers} workers again", PATIENCE_S)
+        back = self.run.wait_for(grown, f"{self.workers} workers again", PATIENCE_S, may_end=True)
+        if back is None:
+            injected.problem = f"the run ended before it had {self.workers} workers again"
+            return
         injected.note += f", {self.workers} workers again {max(0.0, back - came):.1f}s after another node came"
 
     def _disk_full(self, fault: Fault) -> Injected:
