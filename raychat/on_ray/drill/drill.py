@@ -37,7 +37,7 @@ TRAINING: dict[str, Any] = {
     "aspect_ratio": 32,
     "head_dim": 32,
     "max_seq_len": CONTEXT,
-    "vocab_size": 2048,
+    "vocab_size": 512,
     "window_pattern": "L",
     "device_batch_size": ROWS // WORKERS,
     "total_batch_size": ROWS * CONTEXT,
