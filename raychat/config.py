@@ -450,8 +450,9 @@ class Config:
         return f"{path.rstrip('/')}/{self.model_tag}{mark}{query}"
 
     def public(self) -> dict[str, Any]:
-        """`flat()` without the credentials that URIs may hold: what may be written down."""
-        return {key: public_uri(value) if isinstance(value, str) else value for key, value in self.flat().items()}
+        """`flat()` without the credentials that URIs and the command of `on_event` may hold: what may be written down."""
+        shown = {key: public_uri(value) if isinstance(value, str) else value for key, value in self.flat().items()}
+        return shown | {"on_event": "..." if self.run.on_event else ""}
 
 
 def _typed(leaf: "dataclasses.Field[Any]", value: Any) -> Any:

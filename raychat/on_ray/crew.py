@@ -5,6 +5,7 @@ anew. Another size, or other machines, need another crew. Ray's own checkpoints 
 """
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -66,14 +67,10 @@ class Crew:
         return self._thread.is_alive()
 
     def end(self) -> None:
-        """End it now: workers, controller and the room they had."""
-        if not self.alive:
-            return
-        if self.controller is not None:
+        """End its workers and its controller now. The room they had stays taken until `remove_placement_groups`."""
+        if self.alive and self.controller is not None:
             ray.kill(self.controller)
         self._thread.join(END_S)
-        if self.controller is not None:
-            remove_placement_groups(self.controller)
 
     def _fit(self, trainer: TorchTrainer) -> None:
         try:
@@ -82,15 +79,19 @@ class Crew:
             self.error = last_line(error)
 
 
-def remove_placement_groups(controller: Any) -> None:
-    """Free the room of a controller that was killed: Ray keeps it until the whole job ends.
+def remove_placement_groups(controllers: Iterable[Any]) -> None:
+    """Free the room of controllers that were killed: Ray keeps it until the whole job ends.
 
-    One of whose machines is lost would not only hold the room of the others, but be rescheduled without a pause.
+    One of whose machines is lost would not only hold the room of the others, but be rescheduled without a pause. A
+    controller can ask for more while it dies, so this is to be called again and again.
     """
+    dead = {controller._actor_id.binary() for controller in controllers}
+    if not dead:
+        return
     accessor = ray._private.state.state._connect_and_get_accessor()
     for entry in accessor.get_placement_group_table():
         group = gcs_pb2.PlacementGroupTableData.FromString(entry)  # pyrefly: ignore[missing-attribute]
-        if group.creator_actor_id == controller._actor_id.binary() and group.state != group.REMOVED:
+        if group.creator_actor_id in dead and group.state != group.REMOVED:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 

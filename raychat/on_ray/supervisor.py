@@ -15,7 +15,7 @@ import ray
 from raychat.config import Config
 from raychat.errors import RaychatError
 from raychat.on_ray.cluster import Cluster
-from raychat.on_ray.crew import Crew
+from raychat.on_ray.crew import Crew, remove_placement_groups
 from raychat.on_ray.inbox import ControllerState, ControllerUp, Hello, Message, Post, Rank
 from raychat.on_ray.nodes import NodeWatch, Requests, kill_process
 from raychat.on_ray.watchers import Watchers
@@ -24,6 +24,7 @@ from raychat.progress import format_duration
 from raychat.storage import Store
 from raychat.training.events import Metrics, Saved
 from raychat.training.job import Job
+from raychat.training.retry import Cause
 from raychat.training.session import Session
 
 TICK_S = 0.2
@@ -34,7 +35,6 @@ SILENT_S = 30.0  # a rank that has not beaten for so long hangs
 SETTLE_S = 5.0  # room for more workers must last so long before a run is interrupted for it
 
 Ending = Literal["finished", "stopped"]
-Cause = Literal["crash", "preempted", "lost", "hang", "resize"]
 
 
 class RunFailedError(RaychatError):
@@ -80,6 +80,7 @@ class Supervisor:
         self.requests = Requests(self.use_gpu)
         self.last_save_s: float | None = None
         self._looked_at = 0.0
+        self._ended: list[Any] = []  # controllers of the crews before
         self._watchers = Watchers(local=cluster.started_here)
         self._forget_crew()
 
@@ -107,6 +108,8 @@ class Supervisor:
                         return ending
                 finally:
                     crew.end()
+                    self._ended += [crew.controller] if crew.controller else []
+                    remove_placement_groups(self._ended)
         finally:
             self.requests.set(0)
 
@@ -244,6 +247,7 @@ class Supervisor:
         if self.stop_asked() or self.watch.slots() < crew.workers or self._on_bad_nodes():
             return True
         self._hung, self._training, self._idle_since = None, False, time.monotonic()
+        self.ranks = ()  # of the group that is no more
         self._job = self._begin_attempt(crew.workers)
         return False
 
@@ -290,6 +294,7 @@ class Supervisor:
             return False
         self._looked_at = time.monotonic()
         self.watch.look()
+        remove_placement_groups(self._ended)
         for node_id in {rank.node_id for rank in self.ranks}:
             deadline = self.watch.deadline_s(node_id)
             if deadline is not None and node_id not in self.notices:

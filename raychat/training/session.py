@@ -84,7 +84,10 @@ class Session:
     @property
     def done(self) -> bool:
         """Whether the run has nothing left to do."""
-        return self.start is not None and self.start.step >= self.recipe.num_iterations
+        if self.start is None or self.start.step < self.recipe.num_iterations:
+            return False
+        # One that was told to stop in its last evaluation still owes it.
+        return self.config.eval.eval_every == -1 or self.state.get("val_step") == self.start.step
 
     def done_line(self) -> str:
         """What to tell a user whose run has nothing left to do."""

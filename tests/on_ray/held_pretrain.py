@@ -45,9 +45,9 @@ def held_worker(step: int, file: Path) -> Callable[[dict[str, Any]], None]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from raychat.on_ray import driver
+    from raychat.on_ray import crew
 
-    driver.train_worker = held_worker(int(sys.argv[1]), Path(sys.argv[2]))
+    crew.train_worker = held_worker(int(sys.argv[1]), Path(sys.argv[2]))
     job = ROOT / "jobs" / "pretrain.py"
     sys.argv = [str(job), *sys.argv[3:]]
     runpy.run_path(str(job), run_name="__main__")

@@ -1,0 +1,55 @@
+"""jobs/pretrain.py whose workers write down which rows each of them trained on, and take their time over it.
+
+    python recorded_pretrain.py FOLDER STEP_S [flags of jobs/pretrain.py]
+
+A rank appends a line {cursor, rank, world_size, crc} to a file of its own for every batch: the row cursor before it, and
+the CRC-32 of its rows.
+"""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def recording_worker(folder: Path, step_s: float) -> Callable[[dict[str, Any]], None]:
+    """A `train_worker` that records. Ray sends it by value: nothing here is imported."""
+
+    def worker(spec: dict[str, Any]) -> None:
+        import json
+        import os
+        import time
+        import zlib
+
+        from raychat.on_ray import stream
+        from raychat.on_ray.worker import train_worker
+
+        batches = stream.RankStream.batches
+
+        def recorded(self, plan):
+            with (folder / f"rank-{os.getpid()}.jsonl").open("a", buffering=1) as file:
+                for batch in batches(self, plan):
+                    time.sleep(step_s)
+                    cursor = batch.rows_consumed - plan.rows_per_batch
+                    crc = zlib.crc32(batch.rows.tobytes())
+                    line = {"cursor": cursor, "rank": plan.rank, "world_size": plan.world_size, "crc": crc}
+                    file.write(json.dumps(line) + "\n")
+                    yield batch
+
+        stream.RankStream.batches = recorded
+        train_worker(spec)
+
+    return worker
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from raychat.on_ray import crew
+
+    crew.train_worker = recording_worker(Path(sys.argv[1]), float(sys.argv[2]))
+    job = ROOT / "jobs" / "pretrain.py"
+    sys.argv = [str(job), *sys.argv[3:]]
+    runpy.run_path(str(job), run_name="__main__")
