@@ -323,7 +323,7 @@ class ClusterSettings:
     num_workers: Literal["auto"] | int = "auto"
     """training workers, one per device; auto: all GPUs that the cluster has now, else 1"""
     min_workers: int = -1
-    """fewest workers to begin or go on with when num_workers cannot be had; -1: num_workers"""
+    """fewest workers to begin or go on with when num_workers cannot be had; -1: num_workers, and 1 when that is auto"""
     max_failures: int = 3
     """crashes at one step, or without a new checkpoint, before the run is given up"""
     max_preemptions: int = -1

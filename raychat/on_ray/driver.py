@@ -210,7 +210,9 @@ def _shipper(session: Session, uri: str | None, cluster: clusters.Cluster) -> ML
 def _finish_tracking(session: Session, shipper: MLflowShipper, summary: Summary) -> None:
     artifacts = session.artifacts()
     grace_s = FINISH_S
-    if session.config.run.upload_checkpoint and summary.checkpoint:
+    if session.config.run.upload_checkpoint and "://" in (summary.checkpoint or ""):
+        session.echo("--upload-checkpoint: the checkpoint stays in the object store; summary.json in MLflow says where")
+    elif session.config.run.upload_checkpoint and summary.checkpoint:
         session.echo(f"uploading {summary.checkpoint} to MLflow")
         artifacts.append(Path(summary.checkpoint))
         grace_s = UPLOAD_S

@@ -86,7 +86,7 @@ class _Inbox:
         self.beats[group, rank] = time.monotonic()
 
     def give_job(self, group: str, job: Job) -> None:
-        self.jobs = {group: job}
+        self.jobs, self.saves_asked = {group: job}, 0
         self.beats = {who: at for who, at in self.beats.items() if who[0] == group}
 
     def job_of(self, group: str) -> Job | None:
@@ -113,7 +113,7 @@ class OrderPoll:
 
     def __init__(self, inbox: Any) -> None:
         self._inbox, self._answer, self._asked_at = inbox, None, 0.0
-        self._saves_seen = ray.get(inbox.orders.remote())[0]
+        self._saves_seen = 0  # of those that were asked for since this group has its job
 
     def __call__(self) -> Signal:
         """STOP once the driver has asked for it, SAVE when it has asked for a save since."""

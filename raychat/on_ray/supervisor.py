@@ -30,6 +30,7 @@ from raychat.training.session import Session
 TICK_S = 0.2
 LOOK_S = 0.5
 INBOX_TIMEOUT_S = 60.0
+RETRY_S = 5.0
 TELL_S = 30.0  # between two lines while waiting
 SILENT_S = 30.0  # a rank that has not beaten for so long hangs
 SETTLE_S = 5.0  # room for more workers must last so long before a run is interrupted for it
@@ -120,13 +121,14 @@ class Supervisor:
         while self.watch.slots() < self.fewest:
             waited = time.monotonic() - since
             if told < 0:
-                self.session.journal.event("waiting", wanted=self.fewest, there=self.watch.slots())
-                self.requests.set(self.fewest)
+                there = self.watch.machines(self.watch.slots()) if self.watch.slots() else 0
+                self.session.journal.event("waiting", wanted=self.fewest, there=there)
+                self.requests.set(self.most)
             if waited - told >= TELL_S:
                 told = waited
                 self.echo(self._waiting_line(waited))
             self._check_wait(waited)
-            if self.stop_asked():
+            if self.stop_asked() or self._limit_reached():
                 return False
             time.sleep(LOOK_S)
             self._look_closely()
@@ -135,6 +137,18 @@ class Supervisor:
     def _look_closely(self) -> None:
         self.watch.look()
         self.watch.probe()
+
+    def _limit_reached(self) -> bool:
+        """Whether the run may cost or last no longer. While it trains, the loop looks at this itself."""
+        money, cost = self.session.config.money, self.session.cost_usd()
+        hours = self.session.ledger().wall_s / 3600
+        if money.budget_usd != -1 and cost is not None and cost >= money.budget_usd:
+            self.echo(f"--budget-usd {money.budget_usd:g} is spent: stopping")
+            return True
+        if money.max_hours != -1 and hours >= money.max_hours:
+            self.echo(f"--max-hours {money.max_hours:g} are over: stopping")
+            return True
+        return False
 
     def _waiting_line(self, waited_s: float) -> str:
         kind = "GPUs" if self.use_gpu else "CPUs"
@@ -172,9 +186,20 @@ class Supervisor:
 
     def _begin_attempt(self, workers: int) -> Job:
         self.session.ended = None
-        return self.session.begin_attempt(
-            world_size=workers, use_gpu=self.use_gpu, nodes=self.watch.machines(workers), workers_wanted=self.most
-        )
+        machines, told = self.watch.machines(workers), 0.0
+        while True:
+            try:
+                return self.session.begin_attempt(
+                    world_size=workers, use_gpu=self.use_gpu, nodes=machines, workers_wanted=self.most
+                )
+            except OSError as error:  # an object store that is out of reach; in the end, the lease is lost over it
+                if Store.of(self.session.config.run_uri).is_local:
+                    raise
+                if time.monotonic() - told >= TELL_S:
+                    told = time.monotonic()
+                    self.echo(f"the checkpoints cannot be read ({error}): trying again")
+                self._check_session()
+                time.sleep(RETRY_S)
 
     def _mind(self, crew: Crew) -> Ending | None:
         """Until the crew has ended or must make way: how the run ended, or None when another crew is to go on."""
@@ -187,6 +212,8 @@ class Supervisor:
             now = time.monotonic()
             if not self._training and now - max(told, self._idle_since) >= TELL_S:
                 told = now
+                if not self.ranks and self._limit_reached():
+                    return "stopped"
                 self.echo(f"{crew.workers} workers are starting, since {format_duration(now - self._idle_since)}")
         self._read_inbox(crew)
         self._check_session()
@@ -200,7 +227,7 @@ class Supervisor:
             return "stopped"  # saved, or dead before it could save
         if ended and self._resizing:
             self.inbox.ask_to_stop.remote(False)
-            self._failed("resize", f"there is room for {self.most} workers again")
+            self._failed("resize", "there is room for more workers")
             return None
         if ended:
             return "stopped"  # a limit of time or money
@@ -305,7 +332,7 @@ class Supervisor:
             if not self.watch.is_alive(node_id):
                 self._failed("lost", f"{self._names(node_id)} is gone")
                 return True
-        if self._training:
+        if self.ranks:
             self._watchers.keep()
         self._grow(crew)
         return False

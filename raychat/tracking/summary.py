@@ -35,7 +35,7 @@ class Summary:
     total_training_time_s: float | None = None
     """seconds in steps, without the first 10 of each process"""
     wall_time_s: float | None = None
-    """seconds from the first start to the end, all attempts and the waits between them"""
+    """seconds from the first start to the end, all attempts and the waits between those of one driver"""
     goodput: float | None = None
     """share of wall_time_s spent on steps that survived, 0 to 1"""
     restarts: int | None = None

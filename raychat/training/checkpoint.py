@@ -304,7 +304,7 @@ def _at_hand(store: Store, world: World) -> Iterator[Path]:
     try:
         problems = world.gather(_download(store, folder) if world.local_rank == 0 else None)
         if problem := next((problem for problem in problems if problem), None):
-            raise CheckpointError(problem)
+            raise OSError(problem)  # the driver has verified it: whatever it is, it may be over at the next attempt
         yield folder
         world.gather(None)  # the other ranks of this node read it too
     finally:

@@ -68,6 +68,8 @@ class Saves:
         Raises:
             CheckpointError: it failed, and it `must`.
         """
+        if state.step == self._begun_at:
+            self._synchronous = True  # a save in flight is waited for from here on
         self.settle()
         if state.step == self.saved_at:
             return
