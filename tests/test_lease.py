@@ -118,13 +118,79 @@ def test_a_lease_of_a_process_that_is_dead_on_this_machine_is_taken_over_at_once
     take_over(tmp_path)
 
 
-@pytest.mark.parametrize("state", [{}, {"machine": "another", "pid": 1 << 30}], ids=["this machine", "another machine"])
-def test_a_lease_of_a_live_driver_stands(tmp_path, state):
-    """On another machine (or in another container of the same name) its process cannot be asked: its heartbeat decides."""
-    write_lease(tmp_path, **state)
+def test_a_lease_of_a_live_process_on_this_machine_stands_at_once(tmp_path):
+    write_lease(tmp_path)
+    told = []
+    with pytest.raises(LeaseError, match="Another driver is training"):
+        Lease(tmp_path).acquire(told.append)
+    assert read_lease(tmp_path)["holder"] == "other"
+    assert told == []
+
+
+ELSEWHERE = {"machine": "another", "host": "gone", "pid": 1 << 30}
+
+
+@contextmanager
+def beating_elsewhere(folder, every_s):
+    """A driver on another machine that is alive."""
+    stop = threading.Event()
+
+    def beat():
+        while not stop.wait(every_s):
+            write_lease(folder, **ELSEWHERE)
+
+    write_lease(folder, **ELSEWHERE)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture
+def watching(monkeypatch):
+    """A minute of watching takes half a second."""
+    monkeypatch.setattr(module, "WATCH_S", 0.02)
+    monkeypatch.setattr(module, "STALE_S", 0.5)
+
+
+def test_a_lease_from_another_machine_is_refused_when_it_is_seen_to_beat(tmp_path, watching):
+    told = []
+    with beating_elsewhere(tmp_path, every_s=0.1):
+        with pytest.raises(LeaseError, match="Another driver is training in .* on gone"):
+            Lease(tmp_path).acquire(told.append)
+        assert read_lease(tmp_path)["holder"] == "other"
+    [line] = told
+    assert re.fullmatch(r"another driver was seen \ds ago in .* on gone: waiting to see whether it is alive", line)
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, 3600.0], ids=["clocks agree", "its clock is ahead"])
+def test_a_lease_from_another_machine_that_does_not_beat_is_taken_over_when_it_is_stale(tmp_path, watching, ahead_s):
+    write_lease(tmp_path, **ELSEWHERE, heartbeat=time.time() + ahead_s)
+    began = time.monotonic()
+    take_over(tmp_path)
+    assert time.monotonic() - began >= 0.5
+
+
+def test_a_lease_that_is_given_back_while_it_is_watched_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "WATCH_S", 0.02)
+    write_lease(tmp_path, **ELSEWHERE)
+    gone = threading.Timer(0.1, (tmp_path / "lease.json").unlink)
+    gone.start()
+    take_over(tmp_path)
+    gone.join()
+
+
+def test_a_driver_that_takes_the_lease_while_a_dead_one_is_watched_stands(tmp_path, watching):
+    write_lease(tmp_path, **ELSEWHERE)
+    taken = threading.Timer(0.1, write_lease, [tmp_path], {"holder": "third", "machine": "third"})
+    taken.start()
     with pytest.raises(LeaseError, match="Another driver is training"):
         Lease(tmp_path).acquire()
-    assert read_lease(tmp_path)["holder"] == "other"
+    taken.join()
+    assert read_lease(tmp_path)["holder"] == "third"
 
 
 def test_a_lease_that_another_driver_took_is_not_given_back_by_the_old_one(lease, tmp_path):

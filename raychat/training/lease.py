@@ -6,6 +6,9 @@ has the lease. Should two pass all the same, because the store was slow for one 
 finds the other's name within BEAT_S, or writes over it before the other has read back: one goes on.
 
 A holder that could not beat for FENCE_S counts the lease as lost, before STALE_S lets another driver take it.
+
+Whether a holder on another machine, or in another container, is alive cannot be asked. It is watched instead: one that
+beats is, and one that has not for STALE_S is not. So a driver that is started again elsewhere goes on by itself.
 """
 
 import errno
@@ -16,7 +19,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,13 +34,27 @@ STALE_S = 60.0
 FENCE_S = STALE_S - 2 * BEAT_S  # what is left is for clocks that differ and for a write on its way
 SETTLE_S, REMOTE_SETTLE_S = 0.1, 3.0
 CLAIM_S = 5.0  # a claim is held for milliseconds: one that stays this long was left by a crash
+WATCH_S = 0.5
 PADDED_BYTES = 512  # always the same size, so that a beat fits into its old place when the disk is full
+
+OTHER_DRIVER = "Another driver"
+"""how the message of a LeaseError begins; what reads logs goes by it"""
 
 logger = logging.getLogger(__name__)
 
 
 class LeaseError(RaychatError):
     """Another driver is at work in this run."""
+
+
+class LeaseLostError(LeaseError):
+    """The lease was held, and is no more: the run itself is sound, and goes on when it is started again."""
+
+    exit_code = 1
+
+
+def _say_nothing(line: str) -> None:
+    """Nobody listens."""
 
 
 class Lease:
@@ -58,6 +75,8 @@ class Lease:
             "since": time.time(),
         }
         self._beaten = 0.0
+        self._dead: dict[str, Any] | None = None
+        """a lease that did not change while it was watched for STALE_S"""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
 
@@ -75,25 +94,41 @@ class Lease:
             )
         return self.why_lost is not None
 
-    def refuse_if_held(self) -> None:
-        """Raise LeaseError while a live driver holds the lease."""
-        if (holder := read_lease(self.store)) and _alive(holder):
-            raise LeaseError(
-                f"Another driver is training in {self.store.uri}: process {holder['pid']} on {holder['host']}, last seen "
-                f"{time.time() - holder['heartbeat']:.0f}s ago. Wait for it, stop it, or give another --model-tag."
-            )
+    def refuse_if_held(self, echo: Callable[[str], None] = _say_nothing) -> None:
+        """Return when no live driver holds the lease; tells `echo` when that takes up to STALE_S to find out.
 
-    def acquire(self) -> None:
-        """Take the lease, from nobody or from a holder that has stopped beating.
+        Raises:
+            LeaseError: when one does.
+        """
+        watched, since = None, _now()
+        while holder := self._holder():
+            if watched is None:
+                if _is_here(holder):
+                    raise self._refusal(holder)
+                watched = holder
+                echo(
+                    f"another driver was seen {_age(holder)} ago in {self.store.uri}, process {holder['pid']} on "
+                    f"{holder['host']}: waiting to see whether it is alive"
+                )
+            elif holder != watched:
+                raise self._refusal(holder)
+            elif _now() - since > STALE_S:  # its clock may be ahead of ours
+                self._dead = holder
+                return
+            time.sleep(WATCH_S)
+
+    def acquire(self, echo: Callable[[str], None] = _say_nothing) -> None:
+        """Take the lease, from nobody or from a holder that has stopped beating, for which it may wait up to STALE_S.
 
         Raises:
             LeaseError: when another driver holds it, or takes it at the same moment.
         """
         while True:
-            self.refuse_if_held()
+            self.refuse_if_held(echo)
             with _alone(self.store.path) if self.store.is_local else nullcontext():
                 began = _now()
-                self.refuse_if_held()
+                if holder := self._holder():
+                    raise self._refusal(holder)
                 self._write()
             time.sleep(self._settling_s(_now() - began))
             if (lease := read_lease(self.store)) and lease["holder"] == self.holder:
@@ -112,6 +147,17 @@ class Lease:
         except OSError as error:
             logger.warning("the lease in %s stands for %.0fs more: %s", self.store.uri, STALE_S, error)
 
+    def _holder(self) -> dict[str, Any] | None:
+        """The lease of a driver that is alive, as far as can be told at once."""
+        lease = read_lease(self.store)
+        return lease if lease and lease != self._dead and _alive(lease) else None
+
+    def _refusal(self, holder: dict[str, Any]) -> LeaseError:
+        return LeaseError(
+            f"{OTHER_DRIVER} is training in {self.store.uri}: process {holder['pid']} on {holder['host']}, last seen "
+            f"{_age(holder)} ago. Wait for it, stop it, or give another --model-tag."
+        )
+
     def _settling_s(self, took_s: float) -> float:
         """How long to wait for other writers, when reading and writing took `took_s` seconds.
 
@@ -127,7 +173,7 @@ class Lease:
             began = _now()
             try:
                 if taken_over(self.store, self.holder):
-                    self.why_lost = f"Another driver has taken over {self.store.uri}: this one writes nothing more."
+                    self.why_lost = f"{OTHER_DRIVER} has taken over {self.store.uri}: this one writes nothing more."
                     return
                 if self._stop.is_set() or self.lost:  # reading may have taken long
                     return
@@ -183,7 +229,7 @@ def _stale(lease: dict[str, Any]) -> bool:
 def _alive(lease: dict[str, Any]) -> bool:
     if _stale(lease):
         return False
-    if lease.get("machine") != _machine():  # its process cannot be asked
+    if not _is_here(lease):  # its process cannot be asked
         return True
     try:
         os.kill(lease["pid"], 0)
@@ -192,6 +238,15 @@ def _alive(lease: dict[str, Any]) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _is_here(lease: dict[str, Any]) -> bool:
+    """Whether the process number in a lease means something to this process."""
+    return lease.get("machine") == _machine()
+
+
+def _age(lease: dict[str, Any]) -> str:
+    return f"{max(0.0, time.time() - lease['heartbeat']):.0f}s"
 
 
 def _machine() -> str:
