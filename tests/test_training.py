@@ -21,7 +21,7 @@ from raychat.errors import CheckpointError
 from raychat.model import GPT
 from raychat.planning import recipe
 from raychat.tracking.journal import read_events
-from raychat.training import checkpoint
+from raychat.training import checkpoint, saving
 from raychat.training.__main__ import read_here
 from raychat.training.build import Job, build_model, train
 from raychat.training.device import resolve
@@ -30,6 +30,7 @@ from raychat.training.lease import LeaseError
 from raychat.training.loop import DivergedError, Signal
 from raychat.training.save_clock import MAX_INTERVAL_S, SaveClock, save_interval_s
 from raychat.training.saver import SaveOutcome, Saver
+from raychat.training.saving import LastSaveError
 from raychat.training.scaler import GROWTH_STEPS, LossScaler
 from raychat.training.state import Clock
 from raychat.training.world import World
@@ -269,16 +270,56 @@ def test_failed_periodic_save_warns_and_training_goes_on(whole, config, monkeypa
     assert [event.step for event in ran.events if isinstance(event, Saved)] == [4, 6]
 
 
-def test_a_last_save_that_fails_ends_the_run_with_an_error(config, monkeypatch):
-    monkeypatch.setattr(Saver, "begin", broken_begin)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 6.*the same command"):
-        run_here(config())
+@pytest.fixture
+def impatient(monkeypatch):
+    """A save that must succeed is given up soon."""
+    monkeypatch.setattr(saving, "PAUSE_S", 0.01)
+    monkeypatch.setattr(saving, "INSIST_S", 0.1)
 
 
 def broken_begin(self, model, optimizer, meta):
     """A save that fails at once, as on a storage that is out of reach."""
     outcome = {"step": meta["step"], "uri": None, "error": "out of reach", "fenced": False, "state": meta["state"]}
     self._outcomes.append(SaveOutcome(**outcome, stall_s=0.0, total_s=0.0, bytes=0))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_last_save_that_keeps_failing_ends_the_run_with_an_error(config, monkeypatch):
+    monkeypatch.setattr(Saver, "begin", broken_begin)
+    with pytest.raises(LastSaveError, match="no checkpoint of step 6.*the same command") as raised:
+        run_here(config(eval_every=-1))
+    assert raised.value.exit_code == 1  # not a mistake in what was given
+
+
+def _last_save(job: dict, failures: int) -> tuple[list[str], str]:
+    """Train on this of two ranks; the first saves fail on rank 1. Lines that speak of saves, and how it ended."""
+    rank, events, begin, tries = dist.get_rank(), [], Saver._own_size, itertools.count()
+
+    def out_of_reach(self, request):
+        if rank == 1 and next(tries) < failures:
+            raise OSError("out of reach")
+        return begin(self, request)
+
+    Saver._own_size, saving.PAUSE_S, saving.INSIST_S = out_of_reach, 0.01, 60.0 if failures < 9 else 0.3
+    try:
+        train(Job(**job), world=World(rank, 2, rank, 2), batches=read_here, sink=events.append)
+    except LastSaveError as error:
+        return [], str(error)
+    return [event.text for event in events if isinstance(event, Line) and "checkpoint" in event.text], "saved"
+
+
+@pytest.mark.parametrize(("failures", "ended"), [(3, "saved"), (10**6, "no checkpoint of step 6")])
+def test_ranks_try_the_last_save_again_together(config, failures, ended):
+    session = open_session(config(eval_every=-1))
+    job = dataclasses.asdict(session.begin_attempt(world_size=2))
+    (lines, how), (silent, theirs) = run_ranks(_last_save, 2, job, failures)
+    session.abort()
+    assert silent == []
+    assert ended in how
+    assert how == theirs
+    if how == "saved":
+        assert ["out of reach" in line for line in lines] == [True, False] * 3 + [False]
+        assert checkpoint.newest(config().run_dir / "checkpoints", echo=print).step == 6
 
 
 def test_saves_that_are_waited_for_and_those_that_are_not_hold_the_same(whole, config):

@@ -1,5 +1,6 @@
 """When checkpoints are made, and what is said about them. Every rank makes the same calls at the same steps."""
 
+import time
 from dataclasses import asdict
 
 from raychat.config import SaveSettings
@@ -13,6 +14,14 @@ from raychat.training.save_clock import SaveClock
 from raychat.training.saver import SaveOutcome, Saver
 from raychat.training.state import LoopState, Surroundings
 from raychat.training.world import World
+
+INSIST_S, PAUSE_S = 180.0, 10.0  # that a save which must succeed is tried again for, and between two tries
+
+
+class LastSaveError(CheckpointError):
+    """The last checkpoint of an attempt could not be written: the storage's fault, and no mistake in what was given."""
+
+    exit_code = 1
 
 
 class Saves:
@@ -63,10 +72,10 @@ class Saves:
             self._begin(state, synchronous=False)
 
     def now(self, state: LoopState, *, must: bool) -> None:
-        """Return when `state` is whole on storage, or has failed to get there.
+        """Return when `state` is whole on storage, or has failed to get there; one that `must` is tried for minutes.
 
         Raises:
-            CheckpointError: it failed, and it `must`.
+            LastSaveError: on every rank, when it failed and it `must`.
         """
         if state.step == self._begun_at:
             self._synchronous = True  # a save in flight is waited for from here on
@@ -75,11 +84,8 @@ class Saves:
             return
         self._begin(state, synchronous=True)
         self.settle()
-        if must and self.saved_at != state.step:
-            raise CheckpointError(
-                f"There is no checkpoint of step {state.step}, the last of this attempt; the warning above says why. Mend "
-                "that and give the same command: the run goes on from the checkpoint before."
-            )
+        if must:
+            self._insist(state)
 
     def collect(self) -> None:
         """Take in a save that has ended, without waiting for one."""
@@ -106,6 +112,21 @@ class Saves:
     def close(self) -> None:
         """Wait for the save in flight, and let go of what saving needs."""
         self._saver.close()
+
+    def _insist(self, state: LoopState) -> None:
+        """Try again until `state` is saved: an outage of the storage may pass, and this is the work of hours."""
+        deadline = time.monotonic() + INSIST_S
+        while self.saved_at != state.step:  # the same on all ranks, and the clock is rank 0's
+            if not self.world.broadcast(time.monotonic() < deadline):
+                raise LastSaveError(
+                    f"There is no checkpoint of step {state.step}, the last of this attempt, although it was tried for "
+                    f"{INSIST_S:.0f}s; the warnings above say why. Mend that and give the same command: the run goes on "
+                    "from the checkpoint before."
+                )
+            self.report.line(f"the checkpoint of step {state.step} must be written: trying again in {PAUSE_S:g}s")
+            time.sleep(PAUSE_S)
+            self._begin(state, synchronous=True)
+            self.settle()
 
     def _begin(self, state: LoopState, *, synchronous: bool) -> None:
         facts = {"step": state.step, "state": asdict(state), "world_size": self.world.world_size}
