@@ -13,6 +13,8 @@ from raychat.errors import ConfigError
 from raychat.on_ray import submission
 from raychat.on_ray.submission import JobEnd, JobServer, SubmissionError, decide, read_log, read_run, see_to_end
 from raychat.tracking.journal import Journal
+from raychat.tracking.segments import segment_name
+from raychat.training.lease import STALE_S, Lease, LeaseError
 
 
 def succeeded(**facts):
@@ -34,6 +36,8 @@ CLUSTER_GONE = (
 )
 AT_ONE_STEP = "error: training failed 3 times at the same step, 7 (--max-failures 3). When the cause is mended, ..."
 NO_MACHINES = "error: The machines for 4 workers did not come within --max-wait 2 hours."
+HELD = "error: Another driver is training in /runs/d2: process 7 on node-b, last seen 3s ago. Wait for it, ..."
+TAKEN_OVER = "error: Another driver has taken over /runs/d2: this one writes nothing more."
 
 AGAIN = None
 TABLE = {
@@ -59,6 +63,11 @@ TABLE = {
     "three times at one step, heads lost between": ([crashed(), LOST, crashed(), LOST, crashed()], 1),
     "three times with progress": ([crashed(5), crashed(6), crashed(7)], AGAIN),
     "three times before any step": ([crashed(None)] * 3, 1),
+    "held by another driver": ([crashed(error=HELD, exit_code=2)], AGAIN),
+    "held again and again": ([crashed(error=HELD, exit_code=2)] * 9, AGAIN),
+    "taken over by another driver again and again": ([crashed(error=TAKEN_OVER, exit_code=1)] * 9, AGAIN),
+    "held, and finished by the other driver": ([crashed(error=HELD, exit_code=2, run_status="finished")], 0),
+    "twice at one step, and held between": ([crashed(), crashed(error=HELD, exit_code=2), crashed()], AGAIN),
     "at one step long ago": ([crashed(5), crashed(5), crashed(7), killed(9)], AGAIN),
 }
 
@@ -68,6 +77,19 @@ def test_a_job_is_submitted_again_until_its_run_is_done(ends, code):
     verdict = decide(ends)
     assert (verdict.again, None if verdict.again else verdict.exit_code) == (code is AGAIN, code)
     assert verdict.why
+
+
+def test_a_refusal_by_a_lease_is_told_from_other_bad_input_and_waited_out(tmp_path):
+    held = Lease(tmp_path)
+    held.acquire()
+    with pytest.raises(LeaseError) as refused:
+        Lease(tmp_path).acquire()
+    held.release()
+    end = replace(read_log(f"error: {refused.value}\n"), exit_code=refused.value.exit_code)
+    verdict = decide([end])
+    assert (verdict.again, verdict.exit_code, verdict.after_s) == (True, 2, STALE_S)
+    assert str(tmp_path) in verdict.why
+    assert decide([crashed()]).after_s == 0
 
 
 def test_the_log_of_a_driver_gives_step_status_and_error():
@@ -97,9 +119,24 @@ def write_journal(folder, *, begun, ended):
 
 
 @pytest.mark.parametrize("ended", ["finished", "stopped", "failed", None])
-def test_the_journal_says_how_the_run_of_a_job_ended(tmp_path, ended):
+@pytest.mark.parametrize("segments", [0, 1, 3], ids=["on a disk", "in one segment", "in segments"])
+def test_the_journal_says_how_the_run_of_a_job_ended(tmp_path, ended, segments):
     write_journal(tmp_path, begun=True, ended=ended)
+    if segments:
+        cut_up(tmp_path / "metrics.jsonl", segments)
     assert read_run(str(tmp_path), time.time() - 60) == (ended, 4)
+
+
+def cut_up(journal, segments):
+    """Lay a journal out as it is in an object store."""
+    lines, first = journal.read_bytes().splitlines(keepends=True), 0
+    size = -(-len(lines) // segments)
+    (journal.parent / "journal").mkdir()
+    for start in range(0, len(lines), size):
+        content = b"".join(lines[start : start + size])
+        (journal.parent / "journal" / segment_name(first)).write_bytes(content)
+        first += len(content)
+    journal.unlink()
 
 
 def test_a_journal_of_another_run_at_the_same_place_says_nothing(tmp_path):
@@ -138,6 +175,16 @@ def test_a_run_is_kept_alive_over_lost_heads_and_killed_drivers(hasty, tmp_path)
     server = StandIn(LOST, killed(), crashed(), succeeded())
     assert run_to_end(server, tmp_path, keep_alive=True, job="first") == 0
     assert server.followed == ["first", "a", "b", "c"]
+
+
+def test_a_job_that_is_refused_by_a_lease_is_submitted_again_when_it_is_stale(monkeypatch, tmp_path):
+    slept, told = [], []
+    monkeypatch.setattr(submission.time, "sleep", slept.append)
+    server = StandIn(crashed(error=HELD, exit_code=2), killed(), succeeded())
+    names = iter("abc")
+    code = see_to_end(server, lambda: next(names), place=str(tmp_path), keep_alive=True, echo=told.append)
+    assert (code, slept) == (0, [STALE_S, submission.AGAIN_S])
+    assert "submitting it again in 60s" in told
 
 
 def test_a_job_that_is_not_kept_alive_is_submitted_once(hasty, tmp_path):

@@ -26,6 +26,8 @@ from raychat.errors import ConfigError, RaychatError
 from raychat.progress import format_duration
 from raychat.storage import Store
 from raychat.tracking.journal import is_metrics, records_from
+from raychat.tracking.segments import join_segments, segment_names
+from raychat.training.lease import OTHER_DRIVER, STALE_S
 
 Echo = Callable[[str], None]
 T = TypeVar("T")
@@ -81,6 +83,8 @@ class Verdict:
     again: bool
     exit_code: int
     why: str
+    after_s: float = 0.0
+    """seconds for which another submission would be in vain"""
 
 
 def decide(ends: Sequence[JobEnd]) -> Verdict:
@@ -92,15 +96,22 @@ def decide(ends: Sequence[JobEnd]) -> Verdict:
         return Verdict(True, 1, "the cluster lost the job")
     if last.status == "stopped" or last.run_status == "stopped":
         return Verdict(False, 0, "the run was stopped")
+    if _met_another(last):
+        return Verdict(True, last.exit_code or 1, f"the run is held ({last.error})", after_s=STALE_S)
     if last.exit_code == BAD_INPUT:
         return Verdict(False, BAD_INPUT, "the job refused its input")
     if GAVE_UP.search(last.error):
         return Verdict(False, 1, "the job has given the run up")
-    crashes = sum(end.status == "failed" and end.step == last.step for end in ends)
+    crashes = sum(end.status == "failed" and end.step == last.step and not _met_another(end) for end in ends)
     where = "before the first step that is known of" if last.step is None else f"at step {last.step}"
     if crashes >= CRASHES:
         return Verdict(False, 1, f"the job has crashed {crashes} times {where}")
     return Verdict(True, 1, f"the job crashed {where} ({_cause(last)})")
+
+
+def _met_another(end: JobEnd) -> bool:
+    """Whether the job ended because another driver has the run, or had it until it died a moment ago."""
+    return end.error.startswith(f"error: {OTHER_DRIVER} ")
 
 
 def _cause(end: JobEnd) -> str:
@@ -131,7 +142,7 @@ def read_run(place: str, since_s: float) -> tuple[str | None, int | None] | None
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "metrics.jsonl"
         try:
-            Store.of(place).download(journal.name, journal)
+            _fetch_journal(Store.of(place), journal)
             records = [record for record, _ in records_from(journal)]
         except (OSError, RaychatError):
             return None
@@ -147,6 +158,13 @@ def read_run(place: str, since_s: float) -> tuple[str | None, int | None] | None
         elif is_metrics(record):
             step = record["step"]
     return status, step
+
+
+def _fetch_journal(run: Store, target: Path) -> None:
+    if segment_names(run):  # an object store, to which nothing can be appended
+        join_segments(run, target)
+    else:
+        run.download(target.name, target)
 
 
 class _Client(JobSubmissionClient):
@@ -336,6 +354,7 @@ def see_to_end(
         echo(f"{job} {end.status}: {verdict.why}")
         if not (keep_alive and verdict.again):
             return verdict.exit_code
-        echo(f"submitting it again in {AGAIN_S:g}s")
-        time.sleep(AGAIN_S)
+        wait_s = max(AGAIN_S, verdict.after_s)
+        echo(f"submitting it again in {wait_s:g}s")
+        time.sleep(wait_s)
         job = ""
