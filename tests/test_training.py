@@ -18,6 +18,7 @@ from raychat.data.order import Order, lanes_for
 from raychat.data.prepare import make_in_process, prepare
 from raychat.data.shards import RowReader
 from raychat.errors import CheckpointError
+from raychat.evaluation.bpb import BitsPerByte
 from raychat.model import GPT
 from raychat.planning import recipe
 from raychat.tracking.journal import read_events
@@ -157,6 +158,23 @@ def test_a_stop_before_the_first_step_trains_and_saves_nothing(whole, config):
     again = run_here(config(), outside(0, Signal.STOP))
     assert (again.summary.status, saved_steps(again)) == ("stopped", [2])  # nothing has changed since
     assert run_here(config()).losses == whole.losses
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_evaluation_that_is_no_number_is_said_and_does_not_fail_the_saves(whole, config, monkeypatch, value):
+    total = BitsPerByte.total
+    monkeypatch.setattr(BitsPerByte, "total", lambda meter: value if next(calls) == 2 else total(meter))
+    calls = itertools.count()
+    ran = run_here(config(save_every=2, save_mode="sync", keep_checkpoints=9))
+    states = [event.state for event in ran.events if isinstance(event, Saved)]
+    expected = whole.metric("val/bpb")
+    assert [state["val_bpb"] for state in states] == [expected[1], None, expected[3]]
+    assert [state["val_step"] for state in states] == [2, 4, 6]
+    assert states[1]["min_val_bpb"] == min(expected[:2])
+    assert ran.metric("val/bpb") == [*expected[:2], None, expected[3]]
+    notes = [event.fields for event in ran.events if isinstance(event, Note) and event.kind == "bad_evaluation"]
+    assert notes == [{"step": 4, "value": str(value)}]
+    assert any(line.startswith("warning: step 00004 | validation bpb: ") for line in ran.lines)
 
 
 def test_times_are_told_as_the_ledger_reads_them(config):

@@ -1,5 +1,6 @@
 """The training loop: batches come in, events go out, orders come in. Every rank runs it and takes the same branches."""
 
+import math
 import socket
 import time
 from collections.abc import Generator, Iterator
@@ -357,12 +358,19 @@ class Trainer:
                 waiting = max(waiting, self._serve(asked))
         finally:
             self.model.loss_impl = loss_impl
-        bpb = meter.total()
-        lowest = bpb if self.state.min_val_bpb is None else min(bpb, self.state.min_val_bpb)
-        self.state = replace(self.state, val_bpb=bpb, val_step=self.state.step, min_val_bpb=lowest)
-        seconds = time.perf_counter() - start
-        self.report.evaluation(self.state, tokens=self.around.meta["val_tokens"], seconds=seconds)
+        self._evaluated(meter.total(), time.perf_counter() - start)
         return waiting
+
+    def _evaluated(self, bpb: float, seconds: float) -> None:
+        """Take in an evaluation; one that is no number, which JSON has no word for, leaves no value behind."""
+        step, lowest = self.state.step, self.state.min_val_bpb
+        if math.isfinite(bpb):
+            lowest = bpb if lowest is None else min(bpb, lowest)
+            self.state = replace(self.state, val_bpb=bpb, val_step=step, min_val_bpb=lowest)
+        else:
+            self.state = replace(self.state, val_bpb=None, val_step=step)
+            self.report.note("bad_evaluation", step=step, value=str(bpb))
+        self.report.evaluation(self.state, bpb, tokens=self.around.meta["val_tokens"], seconds=seconds)
 
     def _sample(self) -> None:
         if self.world.rank == 0:  # the others wait in their next collective

@@ -1,5 +1,6 @@
 """What a run says of itself while it trains: metrics for the journal, lines for the console. Only rank 0 speaks."""
 
+import math
 import time
 
 from raychat.config import Config
@@ -90,12 +91,13 @@ class Reporter:
             f" | total time: {state.total_training_time_s / 60:.2f}m{eta}{spent}"
         )
 
-    def evaluation(self, state: LoopState, *, tokens: int, seconds: float) -> None:
-        """Metrics and line of the evaluation that `state` holds."""
-        self.send(Metrics(state.step, {"val/bpb": state.val_bpb or 0.0, "val/time_s": seconds}, time.time()))
+    def evaluation(self, state: LoopState, bpb: float, *, tokens: int, seconds: float) -> None:
+        """Metrics and line of an evaluation that gave `bpb`; `state` is the one after it."""
+        self.send(Metrics(state.step, {"val/bpb": bpb, "val/time_s": seconds}, time.time()))
+        lowest = "" if state.min_val_bpb is None else f" (lowest {state.min_val_bpb:.6f})"
+        warning = "" if math.isfinite(bpb) else "warning: "
         self.line(
-            f"step {state.step:05d} | validation bpb: {state.val_bpb:.6f} (lowest {state.min_val_bpb:.6f})"
-            f" on {tokens:,} tokens in {seconds:.1f}s"
+            f"{warning}step {state.step:05d} | validation bpb: {bpb:.6f}{lowest} on {tokens:,} tokens in {seconds:.1f}s"
         )
 
     def evaluation_again(self, state: LoopState) -> None:
