@@ -4,7 +4,10 @@ Ray Train restarts the workers of a crew in place when some of them die; every r
 anew. Another size, or other machines, need another crew. Ray's own checkpoints are not used.
 """
 
+import contextlib
+import os
 import threading
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,20 +21,22 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError  # 
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from raychat.on_ray.inbox import ControllerState, ControllerUp
+from raychat.on_ray.inbox import ControllerState, ControllerUp, Post, open_inbox
 from raychat.on_ray.nodes import not_on
 from raychat.on_ray.stream import RowsDataConfig
 from raychat.on_ray.worker import train_worker
 from raychat.storage import Store
 
 END_S = 60.0
+ANSWER_S = 60.0
 
 
 class Crew:
-    """Starts at once, in a thread; `controller` is set by the driver when the inbox has it."""
+    """Starts at once, in a thread. Has an inbox of its own, so that nothing meant for one crew reaches the next."""
 
-    def __init__(self, inbox: Any, *, workers: int, use_gpu: bool, name: str, storage: Store, avoid: list[str]) -> None:
+    def __init__(self, *, workers: int, use_gpu: bool, name: str, storage: Store, avoid: list[str]) -> None:
         self.workers, self.use_gpu = workers, use_gpu
+        self.inbox = inbox = open_inbox()
         self.controller: Any = None
         self.error: str | None = None
         filesystem, path = storage.arrow()
@@ -66,16 +71,37 @@ class Crew:
         """Whether Ray Train is at work on it."""
         return self._thread.is_alive()
 
+    def read(self) -> Post:
+        """What has come in since the last call; nothing when the machine is too busy to tell."""
+        try:
+            post: Post = ray.get(self.inbox.take.remote(), timeout=ANSWER_S)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
+            return Post([], {})
+        for message in post.messages:
+            if isinstance(message, ControllerUp):
+                self.controller = message.handle
+        return post
+
+    def join(self, seconds: float) -> None:
+        """Wait for it to end by itself."""
+        self._thread.join(seconds)
+
     def end(self) -> None:
         """End its workers and its controller now. The room they had stays taken until `remove_placement_groups`."""
-        if self.alive and self.controller is not None:
-            ray.kill(self.controller)
-        self._thread.join(END_S)
+        deadline = time.monotonic() + END_S
+        with contextlib.suppress(ray.exceptions.RayError):
+            while self.alive and self.controller is None and time.monotonic() < deadline:
+                self.read()  # its controller is only just starting
+                time.sleep(0.05)
+            if self.alive and self.controller is not None:
+                ray.kill(self.controller)
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+            ray.kill(self.inbox)
 
     def _fit(self, trainer: TorchTrainer) -> None:
         try:
             trainer.fit()
-        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        except Exception as error:  # noqa: BLE001 - of many kinds; all of them mean that this crew is no more
             self.error = last_line(error)
 
 
@@ -102,6 +128,8 @@ class _Reporter(ControllerCallback):
         self._inbox = inbox
 
     def after_controller_start(self, train_run_context: Any) -> None:
+        # Workers that wait for a dead peer would make every restart wait for them, half a minute by default.
+        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
         self._inbox.put.remote(ControllerUp(ray.get_runtime_context().current_actor))
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:

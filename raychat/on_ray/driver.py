@@ -11,7 +11,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import ray
 
@@ -20,9 +20,10 @@ from raychat.data.prepare import prepare
 from raychat.data.shards import ShardInfo, ShardTask
 from raychat.errors import ConfigError
 from raychat.on_ray import cluster as clusters
-from raychat.on_ray.inbox import open_inbox
 from raychat.on_ray.shards import make_on_ray
-from raychat.on_ray.supervisor import RunFailedError, Supervisor, uses_gpus, wants_gpus, worker_range
+from raychat.on_ray.sizing import uses_gpus, wants_gpus, worker_range
+from raychat.on_ray.supervisor import RunFailedError, Supervisor
+from raychat.tracking.journal import read_events
 from raychat.tracking.mlflow_shipper import MLflowShipper
 from raychat.tracking.shipping_state import MLFLOW_STATUS
 from raychat.tracking.summary import Summary
@@ -55,7 +56,7 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
             return None
         try:
             live = cluster.connected()
-            _check_cluster(config, live)
+            _check_cluster(session, live)
         except BaseException:
             session.abort()
             raise
@@ -93,37 +94,34 @@ def _supervised(
             shipper.start()
             started.append(True)
 
-    inbox = open_inbox()
     try:
-        with _stop_on_signals(inbox, session.echo) as asked:
-            return Supervisor(session, cluster, inbox, stop_asked=asked.is_set, on_start=on_start).run()
+        with _stop_on_signals() as stop_asked:
+            return Supervisor(session, cluster, stop_asked=stop_asked, on_start=on_start).run()
     except (ray.exceptions.RayError, ConnectionError) as lost:
         raise RunFailedError(
             f"The Ray cluster at {cluster.address} is gone ({type(lost).__name__}). The same command goes on from the "
             "newest checkpoint."
         ) from lost
-    finally:
-        with contextlib.suppress(ray.exceptions.RayError, ConnectionError):
-            ray.kill(inbox)
 
 
 @contextlib.contextmanager
-def _stop_on_signals(inbox: Any, echo: Echo) -> Iterator[threading.Event]:
-    """SIGTERM and Ctrl-C ask the run to save and stop, and set the event; a second Ctrl-C ends at once."""
-    asked = threading.Event()
+def _stop_on_signals() -> Iterator[Callable[[], str | None]]:
+    """Gives what says whether SIGTERM or Ctrl-C asked the run to save and stop, and which; a second Ctrl-C ends at once."""
+    asked: list[str] = []
 
-    def ask(number: int, _: object) -> None:
-        echo(f"{signal.Signals(number).name}: saving and stopping (Ctrl-C once more ends at once)")
-        asked.set()
-        inbox.ask_to_stop.remote()
+    def ask(number: int, _: object) -> None:  # no more than this: it may interrupt anything, a line being printed too
+        asked.append(signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def first() -> str | None:
+        return asked[0] if asked else None
+
     if threading.current_thread() is not threading.main_thread():  # a Tune trial; its driver handles signals
-        yield asked
+        yield first
         return
     old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield first
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -219,10 +217,12 @@ def _finish_tracking(session: Session, shipper: MLflowShipper, summary: Summary)
     shipper.finish(MLFLOW_STATUS[summary.status], artifacts, grace_s)
 
 
-def _check_cluster(config: Config, cluster: clusters.Cluster) -> None:
+def _check_cluster(session: Session, cluster: clusters.Cluster) -> None:
     """Refuse what this cluster cannot do."""
-    use_gpu = uses_gpus(config, cluster)
-    _, fewest = worker_range(config, cluster, use_gpu)
+    config = session.config
+    starts = [event for event in read_events(session.journal.path) if event["event"] == "start"]
+    use_gpu = uses_gpus(config, cluster, starts)
+    _, fewest = worker_range(config, cluster, use_gpu, starts)
     if not use_gpu and not cluster.started_here:
         device.refuse_gpu_sized(config, device.resolve(config, local_world_size=1), cores=cluster.cpus)
     there, kind = (cluster.gpus, "GPUs") if use_gpu else (cluster.cpus, "CPUs")

@@ -1,4 +1,4 @@
-"""How training workers and their driver reach each other: an actor beside the driver that outlives the workers.
+"""How the workers of a crew and their driver reach each other: an actor beside the driver that outlives the workers.
 
 Events go to the driver, which takes them now and then. Orders and jobs go the other way: rank 0 of a new group of
 workers says hello and gets its job; between steps it asks whether it is to save or to stop. Every rank beats, so that
@@ -17,6 +17,7 @@ from raychat.training.job import Job
 from raychat.training.state import Signal
 
 ASK_EVERY_S = 0.25
+ANSWER_S = 0.1  # an answer takes a millisecond or two; training does not wait for a driver that is busy
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class _Inbox:
     def ask_to_save(self) -> None:
         self.saves_asked += 1
 
-    def ask_to_stop(self, stop: bool = True) -> None:
-        self.stop_asked = stop
+    def ask_to_stop(self) -> None:
+        self.stop_asked = True
 
     def orders(self) -> tuple[int, bool]:
         return self.saves_asked, self.stop_asked
@@ -109,19 +110,19 @@ def open_inbox() -> Any:
 
 
 class OrderPoll:
-    """Asks the inbox for orders without waiting for the answer. Each order to save is passed on once."""
+    """Asks the inbox for orders, now and then. Each order to save is passed on once."""
 
     def __init__(self, inbox: Any) -> None:
-        self._inbox, self._answer, self._asked_at = inbox, None, 0.0
+        self._inbox, self._answer, self._asked_at = inbox, None, float("-inf")
         self._saves_seen = 0  # of those that were asked for since this group has its job
 
     def __call__(self) -> Signal:
         """STOP once the driver has asked for it, SAVE when it has asked for a save since."""
         if self._answer is None:
-            if time.monotonic() - self._asked_at >= ASK_EVERY_S:
-                self._answer, self._asked_at = self._inbox.orders.remote(), time.monotonic()
-            return Signal.NONE
-        ready, _ = ray.wait([self._answer], timeout=0)
+            if time.monotonic() - self._asked_at < ASK_EVERY_S:
+                return Signal.NONE
+            self._answer, self._asked_at = self._inbox.orders.remote(), time.monotonic()
+        ready, _ = ray.wait([self._answer], timeout=ANSWER_S)
         if not ready:
             return Signal.NONE
         self._answer = None

@@ -136,6 +136,7 @@ class Requests:
     def __init__(self, use_gpu: bool) -> None:
         self._bundle = {"GPU": 1} if use_gpu else {"CPU": 1}
         self._groups: list[PlacementGroup] = []
+        self._selector: dict[str, str] | None = None
         self._count, self._since = 0, time.monotonic()
 
     @property
@@ -145,19 +146,20 @@ class Requests:
 
     def set(self, workers: int, away_from: Iterable[str] = ()) -> None:
         """Ask for room for so many workers, no more and no fewer."""
-        while len(self._groups) > workers:
-            remove_placement_group(self._groups.pop())
         selector = not_on(away_from)
+        while len(self._groups) > (workers if selector == self._selector else 0):
+            remove_placement_group(self._groups.pop())
+        self._selector = selector
         while len(self._groups) < workers:
             self._groups.append(placement_group([self._bundle], bundle_label_selector=[selector] if selector else None))
 
-    def granted(self, for_s: float) -> int:
-        """How many of them there has been room for, for at least so long."""
+    def granted(self) -> tuple[int, float]:
+        """How many of them there is room for, and for how many seconds it has been so many."""
         # Not `group.wait(0)`: it mostly answers too late for its own timeout.
         count = sum(placement_group_table(group)["state"] == "CREATED" for group in self._groups)
         if count != self._count:
             self._count, self._since = count, time.monotonic()
-        return count if time.monotonic() - self._since >= for_s else 0
+        return count, time.monotonic() - self._since
 
 
 def not_on(node_ids: Iterable[str]) -> dict[str, str] | None:
@@ -167,11 +169,14 @@ def not_on(node_ids: Iterable[str]) -> dict[str, str] | None:
 
 
 def kill_process(node_id: str, pid: int) -> bool:
-    """End a process on a node, also one that is stopped and hears nothing. False when the node does not answer."""
+    """End a process on a node, also one that is stopped and hears nothing. False when that did not work."""
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
     task: Any = ray.remote(_kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-    done, _ = ray.wait([task.remote(pid)], timeout=KILL_S)
-    return bool(done)
+    try:
+        ray.get(task.remote(pid), timeout=KILL_S)
+    except (ray.exceptions.RayError, OSError):
+        return False
+    return True
 
 
 def _kill(pid: int) -> None:

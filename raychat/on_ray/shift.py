@@ -1,0 +1,48 @@
+"""What the supervisor knows of the crew that is at work: state of its own, forgotten with the crew."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raychat.on_ray.crew import Crew
+from raychat.on_ray.inbox import Rank
+from raychat.on_ray.sizing import Patience
+from raychat.training.job import Job
+
+TELL_S = 30.0  # between two lines while waiting
+
+
+@dataclass
+class Notice:
+    """A machine that is about to be taken away at `deadline_s`, Unix time."""
+
+    name: str
+    deadline_s: float
+    saved: bool = False
+
+
+@dataclass
+class Shift:
+    """What is known of the crew that is at work."""
+
+    crew: Crew
+    job: Job | None
+    """begun, and not yet given to a group of workers"""
+    homes: set[str]
+    """nodes that its workers are on, or may be while that is not known"""
+    ranks: tuple[Rank, ...] = ()
+    training: bool = False
+    since: Patience = field(default_factory=lambda: Patience(TELL_S, first_s=TELL_S))
+    failure_told: bool = False
+    stop_told: bool = False
+    notices: dict[str, Notice] = field(default_factory=dict)
+    resizing: Literal["", "saving", "stopping"] = ""
+    resize_after: float = 0.0
+    hung: bool = False
+
+    def name(self, node_id: str) -> str:
+        """A machine by its host and the ranks on it."""
+        here = [rank for rank in self.ranks if rank.node_id == node_id]
+        if not here:
+            return "the driver's machine"
+        ranks = ", ".join(str(rank.rank) for rank in here)
+        return f"{here[0].host} (rank{'s' if len(here) > 1 else ''} {ranks})"
