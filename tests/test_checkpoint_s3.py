@@ -1,6 +1,7 @@
 """In an object store a checkpoint is whole or absent too, whatever happens to the writer, the network and the server."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,8 @@ from s3_server import CUT, proxy, s3_server
 from saves import equal, meta, train, trained, values
 
 from raychat import storage
-from raychat.errors import CheckpointError
 from raychat.storage import Store
-from raychat.training import checkpoint, saver
+from raychat.training import checkpoint, local_copy, saver
 from raychat.training.saver import Saver
 from raychat.training.world import World
 
@@ -54,6 +54,18 @@ def outcome_of(address, step):
     one = Saver(Store.of(address), World(), keep=9, fence=lambda: False)
     one.begin(*trained(), meta(step))
     return one.wait()
+
+
+def files(store):
+    """The folder of the files of the checkpoint in `store`, but for its marker."""
+    (folder,) = [name for name in store.names() if name != "COMMITTED.json"]
+    return store.child(folder)
+
+
+def place_of(uri, step, name):
+    """Where the file `name` of the checkpoint of `step` lies."""
+    store = Store.of(uri()).child(f"step_{step:08d}")
+    return store if name == "COMMITTED.json" else files(store)
 
 
 def newest_step(address, told=None):
@@ -93,7 +105,7 @@ def _load_rank(address):
 def test_another_number_of_ranks_goes_on(uri):
     (weights, own), (_, rest) = run_ranks(_save_rank, 2, uri())
     store = Store.of(uri()).child("step_00000002")
-    assert len([name for name in store.names() if name.startswith("optim-")]) == 2
+    assert len([name for name in files(store).names() if name.startswith("optim-")]) == 2
     model, optimizer = trained(steps=1, seed=5)
     checkpoint.verify(store).load(model, optimizer)
     assert equal(dict(model.state_dict()), weights)
@@ -109,13 +121,12 @@ def test_another_number_of_ranks_goes_on(uri):
 def test_damage_is_named_and_the_one_before_is_found(uri, name):
     for step in (2, 4, 6, 8):
         save_here(uri(), step)
-    store = Store.of(uri())
-    data = bytearray(store.read_bytes(f"step_00000008/{name}"))
+    data = bytearray(place_of(uri, 8, name).read_bytes(name))
     data[-3] ^= 16
-    store.write_bytes(f"step_00000008/{name}", bytes(data))
-    store.write_bytes(f"step_00000006/{name}", bytes(data)[:-1])
+    place_of(uri, 8, name).write_bytes(name, bytes(data))
+    place_of(uri, 6, name).write_bytes(name, bytes(data)[:-1])
     if name != "COMMITTED.json":  # without which there is no checkpoint, and nothing to name
-        store.delete(f"step_00000004/{name}")
+        place_of(uri, 4, name).delete(name)
     told = []
     assert newest_step(uri(), told) == (4 if name == "COMMITTED.json" else 2)
     assert all(name in line for line in told)
@@ -127,8 +138,9 @@ def test_manifest_of_another_run_is_named(uri):
     save_here(uri(), 2)
     save_here(uri(), 4)
     saver.save(Store.of(uri()).child("else"), *trained(), meta(4, tag="else"), World())
-    store, name = Store.of(uri()), "MANIFEST.rank00000.json"
-    store.write_bytes(f"step_00000004/{name}", store.read_bytes(f"else/step_00000004/{name}"))
+    name = "MANIFEST.rank00000.json"
+    theirs = files(Store.of(uri()).child("else", "step_00000004"))
+    place_of(uri, 4, name).write_bytes(name, theirs.read_bytes(name))
     told = []
     assert newest_step(uri(), told) == 2
     assert "belongs to step 4 of attempt 1 of else" in told[0]
@@ -176,7 +188,7 @@ def test_writer_killed_in_the_middle_of_an_upload_leaves_the_checkpoint_before(s
     arrived, release = threading.Event(), threading.Event()
 
     def hold(method, path):
-        if method in ("PUT", "POST") and f"step_00000004/{at}" in path:
+        if method in ("PUT", "POST") and "step_00000004/" in path and f"/{at}" in path:
             arrived.set()
             release.wait(60)
             return CUT
@@ -201,7 +213,9 @@ def test_writer_killed_in_the_middle_of_an_upload_leaves_the_checkpoint_before(s
 @pytest.mark.parametrize("at", ["optim-00000", "model.safetensors", "MANIFEST", "COMMITTED"])
 def test_server_that_refuses_any_of_the_files_leaves_the_checkpoint_before(server, uri, impatient, at):
     save_here(uri(), 2)
-    with proxy(server, lambda method, path: 503 if method == "PUT" and f"4/{at}" in path else None) as port:
+    with proxy(
+        server, lambda method, path: 503 if method == "PUT" and "step_00000004" in path and f"/{at}" in path else None
+    ) as port:
         outcome = outcome_of(uri(port), 4)
     assert "AWS Error" in outcome.error
     assert "hidden" not in outcome.error
@@ -240,8 +254,80 @@ def test_slow_server_does_not_hold_up_training(server, uri):
 def test_download_that_is_not_what_was_saved_is_refused(uri):
     save_here(uri(), 2)
     found = checkpoint.newest(Store.of(uri()), echo=print)
-    data = bytearray(found.store.read_bytes("model.safetensors"))
+    held = files(found.store)
+    data = bytearray(held.read_bytes("model.safetensors"))
     data[-3] ^= 1
-    found.store.write_bytes("model.safetensors", bytes(data))
-    with pytest.raises(CheckpointError, match=r"model.safetensors.* is damaged"):
+    held.write_bytes("model.safetensors", bytes(data))
+    with pytest.raises(OSError, match=r"model.safetensors.* is damaged"):
+        found.load(*trained())
+
+
+def test_a_rank_of_an_earlier_attempt_changes_nothing_of_a_checkpoint(uri):
+    """Its machine is cut off from the cluster and not from storage: it writes, and clears up, the step it thinks it saves."""
+    late = Saver(Store.of(uri()), World(), keep=9, fence=lambda: False)
+    begun = []
+
+    def saves_meanwhile(request, manifests, target):
+        begun.append(target)
+        saver.save(Store.of(uri()), *trained(seed=3), meta(4) | {"attempt": 2}, World())
+        raise OSError("no route to rank 1")
+
+    late._commit = saves_meanwhile
+    late.begin(*trained(), meta(4))
+    assert "no route" in late.wait().error
+    assert len(begun) == 1
+    found = checkpoint.newest(Store.of(uri()), echo=print)
+    assert (found.step, found.meta["attempt"]) == (4, 2)
+    other = trained(steps=1, seed=5)
+    found.load(*other)
+    assert equal(values(*other), values(*trained(seed=3)))
+
+
+def test_a_marker_that_arrives_although_the_save_failed_is_taken_back_before_the_files(uri, monkeypatch):
+    deleted, original, delete = [], Store.write_bytes, storage._Bucket.delete
+
+    def answer_lost(store, name, data):
+        original(store, name, data)
+        if name.endswith("COMMITTED.json"):
+            raise OSError("the answer was lost")
+
+    monkeypatch.setattr(Store, "write_bytes", answer_lost)
+    monkeypatch.setattr(storage._Bucket, "delete", lambda *args: deleted.append(args[1]) or delete(*args))
+    assert "answer was lost" in outcome_of(uri(), 4).error
+    assert deleted[0] == "COMMITTED.json"
+    assert len(deleted) == 3  # the files, and what is left of the folder
+    assert Store.of(uri()).names() == []
+
+
+def test_what_a_killed_process_has_left_of_a_copy_is_cleared_by_the_next(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    save_here(uri(), 2)
+    save_here(uri(), 4)
+    before, after = (checkpoint.trusted(Store.of(uri()).child(f"step_0000000{step}")) for step in (2, 4))
+    here = [local_copy.at_hand(before.store, World(), before._contents) for _ in range(2)]
+    left = here[0].__enter__()  # is never left
+    (left / "of-before").touch()
+    with here[1] as folder:
+        assert folder == left
+        assert not (folder / "of-before").exists()
+    after.load(*trained(steps=1, seed=5))
+    assert list(tmp_path.iterdir()) == []
+    nodes = [World(rank, 4, rank % 2, 2) for rank in range(4)]
+    folders = [local_copy._folder(after.store, world) for world in nodes]
+    assert folders[0] == folders[1] != folders[2] == folders[3]
+    assert (
+        folders[0]
+        == local_copy._folder(before.store, World())
+        != local_copy._folder(Store.of("s3://b/c/step_00000002"), World())
+    )
+
+
+def test_a_copy_that_does_not_fit_is_said_with_numbers_before_anything_is_downloaded(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    save_here(uri(), 2)
+    found = checkpoint.newest(Store.of(uri()), echo=print)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(Store, "download", lambda *_: pytest.fail("downloaded"))
+    with pytest.raises(OSError, match=r"has 0.00\d GB and .* only 0.000 GB free.*TMPDIR"):
         found.load(*trained())

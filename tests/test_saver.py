@@ -14,7 +14,9 @@ from ranks import run_ranks
 from saves import equal, meta, train, trained, values
 
 from raychat import storage
+from raychat.storage import Store
 from raychat.training import checkpoint
+from raychat.training.fence import Fence
 from raychat.training.saver import Saver
 from raychat.training.world import World
 
@@ -244,6 +246,66 @@ def test_leftovers_of_a_killed_save_are_cleared_by_the_next(tmp_path):
     (tmp_path / ".step_00000002.0123.tmp" / "model.safetensors").write_bytes(b"half")
     assert saved(make_saver(tmp_path), 2).error is None
     assert os.listdir(tmp_path) == ["step_00000002"]
+
+
+def of_attempt(number, step=2, tag="tag"):
+    return meta(step, tag=tag) | {"attempt": number}
+
+
+def test_a_checkpoint_of_another_attempt_stays_when_it_verifies(tmp_path):
+    assert saved(make_saver(tmp_path), 2).error is None
+    before = content(tmp_path / "step_00000002")
+    saver = make_saver(tmp_path)
+    saver.begin(*trained(seed=3), of_attempt(2))
+    assert saver.wait().error is None
+    assert content(tmp_path / "step_00000002") == before
+
+
+@pytest.mark.parametrize("harm", ["flip", "remove", "of another run"])
+def test_a_checkpoint_of_another_attempt_that_is_no_good_makes_way(tmp_path, harm):
+    first = make_saver(tmp_path)
+    first.begin(*trained(), of_attempt(1, tag="else" if harm == "of another run" else "tag"))
+    assert first.wait().error is None
+    model = tmp_path / "step_00000002" / "model.safetensors"
+    if harm == "flip":
+        data = bytearray(model.read_bytes())
+        data[-3] ^= 1
+        model.write_bytes(data)
+    elif harm == "remove":
+        model.with_name("checkpoint.json").unlink()
+    saver = make_saver(tmp_path)
+    saver.begin(*trained(seed=3), of_attempt(2))
+    assert saver.wait().error is None
+    assert checkpoint.verify(tmp_path / "step_00000002").meta["attempt"] == 2
+    assert os.listdir(tmp_path / "damaged-2") == ["step_00000002"]
+
+
+def test_an_attempt_that_a_later_one_has_overtaken_saves_and_deletes_nothing(tmp_path):
+    """Only the attempts of one driver have an order: between drivers the lease decides."""
+    store = Store.of(tmp_path / "run")
+    early, late, other = (Fence(store, holder, number) for holder, number in (("a", 1), ("a", 2), ("b", 1)))
+    early.begin()
+    saver = make_saver(tmp_path / "checkpoints", keep=1, fence=early)
+    for step in (1, 2):
+        assert saved(saver, step).error is None
+    late.begin()
+    early.begin()  # one that was held up and begins only now
+    assert (early(), late()) == (True, False)
+    outcome = saved(saver, 3)
+    assert outcome.fenced
+    assert "later attempt" in outcome.error
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2]
+    other.begin()
+    assert (late(), other()) == (False, False)
+
+
+def test_old_checkpoints_stay_when_another_attempt_begins_during_the_save(tmp_path):
+    asked = []
+    saver = make_saver(tmp_path, keep=1, fence=lambda: asked.append(None) or len(asked) == 6)
+    for step in (1, 2):
+        assert saved(saver, step).error is None
+    assert len(asked) == 6  # before it clears the way, before the commit and before it deletes
+    assert checkpoint.steps(tmp_path) == [2, 1]
 
 
 def _outcomes(root):

@@ -357,7 +357,7 @@ def test_saves_that_are_waited_for_and_those_that_are_not_hold_the_same(whole, c
 
 
 def test_a_driver_whose_lease_is_gone_writes_nothing_more(config, monkeypatch):
-    monkeypatch.setattr("raychat.training.build.taken_over", lambda store, holder: True)
+    monkeypatch.setattr("raychat.training.fence.taken_over", lambda store, holder: True)
     with pytest.raises(LeaseError, match="taken over"):
         run_here(config(save_every=2))
     assert checkpoint.steps(config().run_dir / "checkpoints") == []

@@ -20,8 +20,8 @@ from raychat.storage import Store
 from raychat.training import checkpoint
 from raychat.training.device import Resolved, device_type, resolve
 from raychat.training.events import Line, Note, Sink
+from raychat.training.fence import Fence
 from raychat.training.job import BatchPlan, BatchSource, Job
-from raychat.training.lease import taken_over
 from raychat.training.loop import Trainer
 from raychat.training.state import Clock, LoopState, Signal, Surroundings
 from raychat.training.world import World
@@ -121,7 +121,7 @@ def _surroundings(
             before_usd=job.cost_before_usd,
         ),
         checkpoints=store.child("checkpoints"),
-        fence=lambda: taken_over(store, job.lease_holder),
+        fence=_fence(job, store, world, sink),
         meta={
             "config": config.public(),
             "fingerprint": manifest.fingerprint,
@@ -133,6 +133,17 @@ def _surroundings(
             "val_tokens": eval_rows * config.model.max_seq_len,
         },
     )
+
+
+def _fence(job: Job, store: Store, world: World, sink: Sink) -> Fence:
+    """The fence of this attempt in the run's folder `store`, begun by rank 0."""
+    fence = Fence(store, job.lease_holder, job.attempt)
+    if world.rank == 0:
+        try:
+            fence.begin()
+        except OSError as error:  # it keeps earlier attempts out, and is no reason to end this one
+            sink(Line(f"warning: {store.uri} does not take the number of this attempt: {error}"))
+    return fence
 
 
 def gpt_config(config: Config) -> GPTConfig:

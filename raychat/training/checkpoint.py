@@ -8,17 +8,17 @@
       COMMITTED.json                         size and CRC-32 of the manifests: written last (format 2)
 
 On a file system the folder appears at once, by a rename. In an object store it grows file by file: without
-COMMITTED.json it does not exist. No pickle. `saver.py` writes them.
+COMMITTED.json it does not exist, and the other files lie in a folder of their own within it, whose name is new in each
+save and stands in COMMITTED.json: whoever else writes there, only those count. No pickle. `saver.py` writes them.
 """
 
 import hashlib
 import json
+import logging
 import re
-import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from raychat.errors import CheckpointError
 from raychat.model import GPT
 from raychat.optim import MuonAdamW
 from raychat.storage import Store
+from raychat.training.local_copy import Contents, at_hand
 from raychat.training.world import World
 
 FORMAT = 2
@@ -38,6 +39,8 @@ READABLE = (1, 2)
 META, MODEL, MARKER = "checkpoint.json", "model.safetensors", "COMMITTED.json"
 
 Place = Store | Path | str
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,10 @@ class Checkpoint:
         this. Without a world a rank downloads for itself.
 
         Raises:
-            CheckpointError: on every rank, when it does not suit the model, or could not be downloaded as it was saved.
+            CheckpointError: when it does not suit the model.
+            OSError: on every rank, when it could not be downloaded as it was saved.
         """
-        with _at_hand(self.store, world or World()) as folder:
+        with at_hand(self.store, world or World(), self._contents) as folder:
             device = next(model.parameters()).device
             state = load_file(folder / MODEL, device=str(device))
             own = model.state_dict()
@@ -76,6 +80,9 @@ class Checkpoint:
             if optimizer is not None:
                 optimizer.step_count = self.meta["optimizer_steps"]
                 optimizer.load_owned_state(_SliceReader(folder).read)
+
+    def _contents(self) -> Contents:
+        return Contents(_files(self.store), _manifests(self.store, self.meta))
 
 
 def folder_name(step: int) -> str:
@@ -107,8 +114,12 @@ def trusted(place: Place) -> Checkpoint:
 
 
 def read_meta(place: Place) -> dict[str, Any]:
-    """The content of a checkpoint's checkpoint.json, without verifying the rest."""
-    return json.loads(Store.of(place).read_bytes(META))
+    """The content of a checkpoint's checkpoint.json, without verifying the rest.
+
+    Raises:
+        CheckpointError: when there is none, or it cannot be read.
+    """
+    return _parsed(_files(Store.of(place)), META)
 
 
 def verify(place: Place) -> Checkpoint:
@@ -119,14 +130,15 @@ def verify(place: Place) -> Checkpoint:
         OSError: when an object store cannot be reached, which says nothing about the checkpoint.
     """
     store = Store.of(place)
-    meta = _parsed(store, META)
+    meta = read_meta(store)
     if not isinstance(meta, dict) or meta.get("format") not in READABLE:
         found = meta.get("format") if isinstance(meta, dict) else None
         raise CheckpointError(f"{store} has format {found}, this version reads {' and '.join(map(str, READABLE))}")
     try:
+        files = _files(store)
         for manifest in _manifests(store, meta).values():
             for name, entry in manifest["files"].items():
-                _check_file(store, name, entry)
+                _check_file(files, name, entry)
     except (KeyError, TypeError, AttributeError) as error:  # JSON that says something else than was written
         raise CheckpointError(f"{store} is damaged: {MARKER} or a manifest lacks {error}") from error
     return Checkpoint(store, meta)
@@ -186,6 +198,38 @@ def remove(root: Place, step: int) -> None:
         store.delete(name)
 
 
+def stands(root: Place, whose: dict[str, Any]) -> bool:
+    """Whether there is a good checkpoint of the step of `whose`, an `identity`: its own, or another attempt's that verifies.
+
+    One that is neither is moved to a folder `damaged-...`, out of the way.
+    """
+    store, step = Store.of(root), whose["step"]
+    if step not in steps(store):
+        return False
+    place = store.child(folder_name(step))
+    try:
+        found = identity(read_meta(place))
+        if found == whose or (found["run"] == whose["run"] and verify(place)):
+            return True
+        logger.warning("%s belongs to %s, and is moved aside", place, _shown(found))
+    except (CheckpointError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("a checkpoint of another attempt is moved aside: %s", error)
+    _move_aside(store, step, f"damaged-{whose['attempt']}")
+    return False
+
+
+def withdraw(root: Place, step: int, token: str) -> None:
+    """Delete what a failed save has written in an object store, its marker first; nothing that another one wrote."""
+    store = Store.of(root)
+    place = store.child(folder_name(step))
+    with suppress(CheckpointError):  # the marker is not there
+        if _parsed(place, MARKER).get("folder") == token:
+            place.delete(MARKER)
+    place.delete(token)
+    if not place.names():
+        store.delete(folder_name(step))
+
+
 def prune_orphans(root: Place) -> list[str]:
     """Delete what killed saves left: staging folders, and folders in an object store without a marker. Returns their names.
 
@@ -206,12 +250,16 @@ def set_aside_after(root: Place, step: int, name: str) -> list[int]:
     store = Store.of(root)
     later = [found for found in steps(store) if found > step]
     for found in later:
-        target, number = f"{name}/{folder_name(found)}", 1
-        while store.exists(target):  # an attempt that died before it was counted had the same name
-            number += 1
-            target = f"{name}/{folder_name(found)}.{number}"
-        store.move(folder_name(found), store.child(*target.split("/")))
+        _move_aside(store, found, name)
     return later
+
+
+def _move_aside(store: Store, step: int, name: str) -> None:
+    target, number = f"{name}/{folder_name(step)}", 1
+    while store.exists(target):  # an attempt that died before it was counted had the same name
+        number += 1
+        target = f"{name}/{folder_name(step)}.{number}"
+    store.move(folder_name(step), store.child(*target.split("/")))
 
 
 def estimated_bytes(num_params: int) -> int:
@@ -228,20 +276,30 @@ def _dispensable(store: Store, keep_last: int) -> list[int]:
         try:
             state = read_meta(store.child(folder_name(step)))["state"]
             val_bpb = state["val_bpb"] if state["val_step"] == step else None  # else it is of an earlier step
-        except (FileNotFoundError, ValueError, KeyError):
+        except (CheckpointError, KeyError, TypeError):
             continue
         if val_bpb is not None and (best is None or val_bpb < best[0]):
             best = (val_bpb, step)
     return [step for step in ordered if step not in keep and (best is None or step != best[1])]
 
 
+def _files(store: Store) -> Store:
+    """The folder of all files of a checkpoint but the marker: in an object store the one that the marker names."""
+    if store.is_local:
+        return store
+    marker = _parsed(store, MARKER)
+    folder = marker.get("folder") if isinstance(marker, dict) else None
+    return store.child(folder) if folder else store  # none: the first ones of format 2
+
+
 def _manifests(store: Store, meta: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The manifests of all ranks by file name, which belong together and to `meta`."""
+    files = _files(store)
     if meta["format"] == 1:
-        names = [name for name in store.names() if re.fullmatch(r"MANIFEST\.rank\d+\.json", name)]
+        names = [name for name in files.names() if re.fullmatch(r"MANIFEST\.rank\d+\.json", name)]
     else:
         names = _committed(store, meta)
-    manifests = {name: _parsed(store, name) for name in names}
+    manifests = {name: _parsed(files, name) for name in names}
     if len(manifests) not in {manifest["world_size"] for manifest in manifests.values()}:
         raise CheckpointError(f"{store} holds the manifests of {len(manifests)} ranks, not of all")
     return manifests
@@ -249,14 +307,14 @@ def _manifests(store: Store, meta: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _committed(store: Store, meta: dict[str, Any]) -> list[str]:
     """Names of the manifests in the marker, after a look at whose they are and whether they are as they were written."""
-    marker, mine = _parsed(store, MARKER), identity(meta)
+    marker, mine, files = _parsed(store, MARKER), identity(meta), _files(store)
     for name, entry in {MARKER: None, **marker["manifests"]}.items():
-        content = marker if entry is None else _parsed(store, name)
+        content = marker if entry is None else _parsed(files, name)
         theirs = {key: content[key] for key in mine}
         if theirs != mine:
             raise CheckpointError(f"{store.child(name)} belongs to {_shown(theirs)}, and {META} to {_shown(mine)}")
         if entry is not None:
-            _check_file(store, name, entry)
+            _check_file(files, name, entry)
     return list(marker["manifests"])
 
 
@@ -292,38 +350,6 @@ def _as_damage(store: Store, name: str) -> Iterator[None]:
         if not store.is_local:
             raise
         raise CheckpointError(f"{store.child(name)} cannot be read: {error}") from error
-
-
-@contextmanager
-def _at_hand(store: Store, world: World) -> Iterator[Path]:
-    """A local folder with the checkpoint's files, for as long as the block lasts."""
-    if store.is_local:
-        yield store.path
-        return
-    folder = Path(tempfile.gettempdir()) / f"raychat-{world.broadcast(uuid.uuid4().hex)}"
-    try:
-        problems = world.gather(_download(store, folder) if world.local_rank == 0 else None)
-        if problem := next((problem for problem in problems if problem), None):
-            raise OSError(problem)  # the driver has verified it: whatever it is, it may be over at the next attempt
-        yield folder
-        world.gather(None)  # the other ranks of this node read it too
-    finally:
-        if world.local_rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _download(store: Store, folder: Path) -> str | None:
-    """Bring the checkpoint to `folder`; why that failed, or None."""
-    try:
-        folder.mkdir()
-        for own_name, manifest in _manifests(store, _parsed(store, META)).items():
-            (folder / own_name).write_text(json.dumps(manifest))
-            for name, (_, crc) in manifest["files"].items():
-                if store.download(name, folder / name) != crc:
-                    return f"{store.child(name)} is damaged: its checksum is wrong"
-    except (OSError, CheckpointError) as error:
-        return f"{store} could not be brought to {folder}: {error}"
-    return None
 
 
 class _SliceReader:

@@ -1,7 +1,7 @@
 """Saving while training goes on: a copy in memory, then a thread that writes it and has all ranks agree on the outcome.
 
 On a file system ranks write into a hidden staging folder on storage that they share, and rank 0 renames it when all
-have. In an object store they write into the folder itself, and rank 0 writes the marker last.
+have. In an object store they write into a folder within that of the step, and rank 0 writes the marker last.
 """
 
 import errno
@@ -48,7 +48,7 @@ class SaveOutcome:
     """of the checkpoint, without credentials; None when it failed"""
     error: str | None
     fenced: bool
-    """it failed because another driver holds the lease: stop at once"""
+    """it failed because another driver, or a later attempt, writes now: stop at once"""
     state: dict[str, Any]
     stall_s: float
     total_s: float
@@ -64,7 +64,7 @@ class Saver:
     def __init__(self, root: Store | Path, world: World, *, keep: int, fence: Callable[[], bool]) -> None:
         """`root` is the folder of the checkpoints, of which the newest `keep` and the best are kept.
 
-        `fence` tells rank 0, before it changes anything on storage, whether another driver has taken the run over.
+        `fence` tells rank 0, before it changes anything on storage, whether another one has taken the run over.
         """
         self.root, self.keep, self.fence = Store.of(root), keep, fence
         self._world = world.apart(SLOWEST_RANK)
@@ -154,7 +154,8 @@ class Saver:
         self._outcomes.append(outcome)
         if not error and self._world.rank == 0:
             try:
-                checkpoint.prune(self.root, self.keep)
+                if not self.fence():
+                    checkpoint.prune(self.root, self.keep)
             except OSError as failure:
                 logger.warning("old checkpoints in %s could not be deleted: %s", self.root, failure)
 
@@ -162,27 +163,30 @@ class Saver:
         """Write and commit; the bytes written, 0 when the checkpoint was there. A full disk is tried a second time."""
         need = sum(self._all(lambda: self._own_size(request)))
         token, identity = self._lead(lambda: (uuid.uuid4().hex, request.identity))
-        request = replace(request, identity=identity)
-        # Ranks that were left behind by an earlier attempt must not meet the staging folder of this one.
-        final = checkpoint.folder_name(request.step)
-        target = f".{final}.{token}.tmp" if self.root.is_local else final
+        request = replace(request, identity=identity, token=token)
         try:
-            return self._try(request, target, need)
+            return self._try(request, need)
         except _SaveError as failure:
             if not failure.full or not self._lead(lambda: checkpoint.make_room(self.root)):
                 raise
-        return self._try(request, target, need)
+        return self._try(request, need)
 
-    def _try(self, request: "_Request", target: str, need: int) -> int:
-        if not self._lead(lambda: self._prepare(request.step, need)):
+    def _try(self, request: "_Request", need: int) -> int:
+        if not self._lead(lambda: self._prepare(request, need)):
             return 0
+        # Ranks that were left behind by an earlier attempt must not meet what this one writes.
+        final = checkpoint.folder_name(request.step)
+        target = f".{final}.{request.token}.tmp" if self.root.is_local else f"{final}/{request.token}"
         try:
             manifests = dict(self._all(lambda: self._write(request, self.root.child(target), need)))
             self._lead(lambda: self._commit(request, manifests, target))
         except _SaveError as failure:
             if self._world.rank == 0 and not failure.fenced:
                 with suppress(OSError):  # what stays is an orphan, and goes before the next save
-                    self.root.delete(target)
+                    if self.root.is_local:
+                        self.root.delete(target)
+                    else:
+                        checkpoint.withdraw(self.root, request.step, request.token)
             raise
         return need
 
@@ -191,11 +195,11 @@ class Saver:
             raise OSError(request.problem)
         return self._snapshot.size
 
-    def _prepare(self, step: int, need: int) -> bool:
+    def _prepare(self, request: "_Request", need: int) -> bool:
         """Clear the way. False: the checkpoint is there already, and is not written over."""
         self._refuse_if_fenced()
         checkpoint.prune_orphans(self.root)
-        if step in checkpoint.steps(self.root):
+        if checkpoint.stands(self.root, request.identity):
             return False
         free = self.root.free_bytes()
         if free is not None and free < SPARE * need:
@@ -228,14 +232,17 @@ class Saver:
 
     def _commit(self, request: "_Request", manifests: dict[str, list[int]], target: str) -> None:
         self._refuse_if_fenced()
-        content = json.dumps(request.identity | {"manifests": manifests}, indent=2).encode()
-        self.root.write_bytes(f"{target}/{checkpoint.MARKER}", content)
+        final, marker = checkpoint.folder_name(request.step), request.identity | {"manifests": manifests}
+        if not self.root.is_local:
+            marker["folder"] = request.token
+        content = json.dumps(marker, indent=2).encode()
+        self.root.write_bytes(f"{target if self.root.is_local else final}/{checkpoint.MARKER}", content)
         if self.root.is_local:
-            self.root.move(target, self.root.child(checkpoint.folder_name(request.step)))
+            self.root.move(target, self.root.child(final))
 
     def _refuse_if_fenced(self) -> None:
         if self.fence():
-            raise _SaveError(f"another driver has taken over {self.root}", fenced=True)
+            raise _SaveError(f"another driver, or a later attempt, has taken over {self.root}", fenced=True)
 
     def _lead(self, action: Callable[[], T]) -> T:
         """What `action` gives on rank 0, on every rank; _SaveError on every rank when it fails there."""
@@ -250,11 +257,12 @@ class Saver:
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """What one save is to write, besides the snapshot. `problem`: why it cannot."""
+    """What one save is to write, besides the snapshot. `token` is its own name; `problem`: why it cannot."""
 
     step: int
     state: dict[str, Any]
     started: float
+    token: str = ""
     meta: bytes = b""
     identity: dict[str, Any] = field(default_factory=dict)
     slices: dict[str, list[int]] = field(default_factory=dict)

@@ -28,7 +28,7 @@ class Saves:
     """The checkpoints of a run: periodic ones while training goes on, and those that are waited for.
 
     Raises:
-        LeaseError: on every rank, by `settle` and `now`, when another driver holds the run.
+        LeaseError: on every rank, by `settle` and `now`, when another driver, or a later attempt, has the run.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Saves:
         self.saved_at = saved_at
         """step of the newest checkpoint that is whole, as far as this rank knows; None: there is none"""
         self.fenced = False
-        """this rank has learnt that another driver holds the run"""
+        """this rank has learnt that another driver, or a later attempt, has the run"""
         self._begun_at = saved_at
         self._synchronous = False
         self._clock = SaveClock(settings.save_every)
@@ -106,7 +106,8 @@ class Saves:
         """Raise LeaseError when `fenced`, on which all ranks have agreed."""
         if fenced:
             raise LeaseError(
-                f"Another driver has taken over the run of {self.around.checkpoints.uri}: this one writes nothing more."
+                f"Another driver, or a later attempt, has taken over the run of {self.around.checkpoints.uri}: this one "
+                "writes nothing more."
             )
 
     def close(self) -> None:
