@@ -190,3 +190,30 @@ def test_reserved_names_and_negative_steps_are_defects(path):
 
 def test_an_absent_journal_is_empty(path):
     assert read_journal(path) == read_events(path) == []
+
+
+def test_a_reader_is_given_what_the_file_holds_in_its_order(path):
+    for _ in range(2):
+        found = []
+        journal = Journal(path, driver="d", reader=found.append)
+        for step in (0, 1, 1, 2):
+            journal.log(step, {"train/loss": float("nan") if step == 1 else 2, "val/bpb": 1.0})
+        journal.event("branch", from_step=1)
+        assert (journal.last_step("train/loss"), journal.last_step("absent")) == (0, -1)
+        journal.log(1, {"train/loss": 5.0})
+        journal.event("checkpoint", step=2, path="x")
+        journal.close()
+        assert found == [record for record, _ in records_from(path)]
+        assert journal.last_step("train/loss") == max(steps_of(path))
+
+
+def test_a_reader_learns_of_events_for_which_there_was_no_space(path, monkeypatch):
+    """Or failures on a full disk would be retried for ever."""
+    found = []
+    journal = Journal(path, reader=found.append)
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
+        journal.log(0, {"train/loss": 1.0})
+        journal.event("failure", cause="crash")
+    journal.close()
+    assert [record["event"] for record in found] == ["journal", "failure"]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from raychat.tracking.ledger import Ledger, ledger
+from raychat.tracking.ledger import Book, Ledger, ledger
 
 
 class History:
@@ -259,3 +259,12 @@ def test_line_says_where_time_and_money_went():
     assert found.line() == (
         "time: 81% productive, 3% replayed, 9% start-up, 1% checkpoints, 6% evaluation, 0% waiting, 0% other; $1.23"
     )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_book_that_is_looked_into_at_every_record_comes_to_the_same(seed):
+    records, book = eventful(seed=seed).records, Book()
+    for number, record in enumerate(records, start=1):
+        assert book.closed(2.0, last=record) == ledger(records[:number], price_per_hour=2.0)
+        book.take(record)
+        assert book.closed(2.0) == ledger(records[:number], price_per_hour=2.0)

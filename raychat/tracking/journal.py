@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,11 @@ class _Seen:
 
     def high_water(self) -> int:
         """The largest step that has any key, or -1."""
-        return max((marks.rfind(1) for marks in self._marks.values()), default=-1)
+        return max(map(self.last_step, self._marks), default=-1)
+
+    def last_step(self, key: str) -> int:
+        """The largest step that has `key`, or -1."""
+        return self._marks.get(key, bytearray()).rfind(1)
 
 
 class Journal:
@@ -59,10 +63,18 @@ class Journal:
     dropped, so that no curve ever goes back in steps.
     """
 
-    def __init__(self, path: Path, *, driver: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        driver: str | None = None,
+        reader: Callable[[Mapping[str, Any]], None] = lambda record: None,
+    ) -> None:
         """Open `path` for appending; create it, and its folder, if absent. A torn last line is cut off.
 
-        `driver` signs every event: the time between events of two drivers is time in which nobody was at work.
+        `driver` signs every event: the time between events of two drivers is time in which nobody was at work. `reader`
+        gets every record, those that are there now and then each that is appended, and spares its owner to read the
+        file again; also events for which there was no space on the disk.
 
         Raises:
             DataError: the file was written by a newer format.
@@ -73,7 +85,7 @@ class Journal:
         """metric records refused whole, because the current branch already holds their step"""
         self.lost = 0
         """records that could not be written (disk full); the training went on without them"""
-        self._seen = _Seen()
+        self._seen, self._reader = _Seen(), reader
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -105,10 +117,10 @@ class Journal:
             if not fresh:
                 self.replayed += 1
                 return False
-            if not self._append({"step": step, "time": _now(time_s), **fresh}):
+            record = {"step": step, "time": _now(time_s), **fresh}
+            if not self._append(record):
                 return False
-            for key in fresh:
-                self._seen.add(step, key)
+            self._replay(record)
             self.high_water = max(self.high_water, step)
             return True
 
@@ -127,6 +139,10 @@ class Journal:
             self._replay(record)
             self.high_water = self._seen.high_water()
 
+    def last_step(self, key: str) -> int:
+        """The largest step of the current branch that has the metric `key`, or -1."""
+        return self._seen.last_step(key)
+
     def close(self) -> None:
         """Flush to disk and close. Idempotent; nothing may be logged afterwards."""
         with self._lock:
@@ -143,6 +159,7 @@ class Journal:
         elif is_metrics(record):
             for key in record.keys() - RESERVED:
                 self._seen.add(record["step"], key)
+        self._reader(record)
 
     def _append(self, record: Mapping[str, Any]) -> bool:
         line = json.dumps(record, allow_nan=False).encode() + b"\n"

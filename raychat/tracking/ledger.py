@@ -5,6 +5,7 @@ cumulative clock (`time/productive`), of which differences are taken, so that st
 Records of a replay are missing (a journal holds each step once); the next step that is new carries their time.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ def ledger(records: Iterable[Record], *, price_per_hour: float | None) -> Ledger
     Journals of before the ledger lack some fields: step time is then estimated from `train/dt`, and what cannot be told
     apart is `other_s`.
     """
-    book = _Book()
+    book = Book()
     for record in records:
         book.take(record)
     return book.closed(price_per_hour)
@@ -139,8 +140,8 @@ class _Attempt:
         }
 
 
-class _Book:
-    """The accounts while the records pass by."""
+class Book:
+    """The accounts while the records pass by: what `ledger` makes of a journal, for one that still grows."""
 
     def __init__(self) -> None:
         self.driver: str | None = None
@@ -179,8 +180,14 @@ class _Book:
         elif page := self._pages.get(kind):
             page(record)
 
-    def closed(self, price_per_hour: float | None) -> Ledger:
-        """The ledger after the last record."""
+    def closed(self, price_per_hour: float | None, *, last: Record | None = None) -> Ledger:
+        """The ledger if nothing came after `last` (default: what was taken in). The book itself stays as it is."""
+        book = copy.deepcopy(self)
+        if last:
+            book.take(last)
+        return book._closed(price_per_hour)
+
+    def _closed(self, price_per_hour: float | None) -> Ledger:
         self._close_attempt()
         productive = min(self.productive, self.seconds["steps"])
         return Ledger(
