@@ -10,16 +10,18 @@ from runs import after, dying_at, open_session, run_here
 
 from raychat.config import Config
 from raychat.errors import CheckpointError
-from raychat.tracking.journal import read_events, read_journal
-from raychat.tracking.ledger import Ledger
+from raychat.tracking.journal import read_events, read_journal, records_from
+from raychat.tracking.ledger import Ledger, ledger
 from raychat.tracking.summary import Summary
 from raychat.training import checkpoint
 from raychat.training.events import Metrics, Note, Saved
 from raychat.training.lease import LeaseError
+from raychat.training.retry import give_up
 from raychat.training.state import LoopState, Signal
 
 FIELDS = {field.name for field in dataclasses.fields(Summary)}
-MAY_BE_NULL = {"core_metric", "mfu", "cost_usd", "mlflow_run_id"}  # no CORE, no peak of a CPU, no price, no tracking
+# No CORE, no peak of a CPU, no price, no tracking, no failure.
+MAY_BE_NULL = {"core_metric", "mfu", "cost_usd", "mlflow_run_id", "error", "retry_helps"}
 
 
 @pytest.fixture
@@ -279,6 +281,36 @@ def test_every_loss_of_a_machine_is_told_from_a_crash_in_the_summary(config):
     assert (summary.restarts, summary.preemptions, summary.failed_saves) == (5, 2, 1)
 
 
+def test_what_a_session_keeps_in_mind_is_what_the_journal_says(config, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    fields = {"from_step": 2, "bad_step": 4, "cursor": 32, "reason": "nan"}
+    for driver in range(2):
+        session = open_session(config(price_per_hour=3.0))
+        for cause in ("crash", "lost"):
+            job = session.begin_attempt(nodes=2)
+            assert job.attempt == 1 + 2 * driver + ["crash", "lost"].index(cause)
+            for act, *about in (
+                (told_of_steps, session, range(2)),
+                (told_of_save, session, 2),
+                (told_of_steps, session, range(2, 5)),
+                (session.receive, Note("rollback", fields)),
+                (told_of_steps, session, range(2, 4)),
+            ):
+                now[0] += 7
+                act(*about)
+                records = [record for record, _ in records_from(session.journal.path)]
+                end = {"event": "now", "time": now[0], "driver": session.lease.holder}
+                assert session.ledger() == ledger([*records, end], price_per_hour=3.0)
+            losses = [r["step"] for r in read_journal(session.journal.path) if "train/loss" in r]
+            assert session.journal.last_step("train/loss") == max(losses) == 3
+            verdict = session.attempt_failed(cause, "x")
+            assert verdict == give_up(read_events(session.journal.path), max_failures=3, max_preemptions=-1)
+        die(session)
+    starts = [event for event in read_events(session.journal.path) if event["event"] == "start"]
+    assert [start["replayed"] for start in starts] == [0, 4, 4, 4]
+
+
 def test_rollback_within_an_attempt_supersedes_the_steps_after_it(config):
     session = open_session(config())
     session.begin_attempt()
@@ -315,33 +347,6 @@ def test_machines_of_each_attempt_are_paid_for(config, monkeypatch):
     now[0] += 3
     assert session.cost_usd() == 13.0
     assert session.close("stopped").cost_usd == 13.0
-
-
-def test_command_of_the_user_runs_after_the_summary_is_written(config):
-    lines = []
-    command = 'echo "$RAYCHAT_EVENT $RAYCHAT_MODEL_TAG $RAYCHAT_RUN_DIR"; grep status "$RAYCHAT_SUMMARY"; ' + (
-        'echo "$RAYCHAT_STATUS_LINE"; test ! -e "$RAYCHAT_RUN_DIR/lease.json"; exit 7'
-    )
-    session = open_session(config(on_event=command), lines.append)
-    session.begin_attempt()
-    assert session.close("stopped").status == "stopped"
-    assert lines[-4] == f"on-event: stopped d2 {session.run_dir}"
-    assert '"status": "stopped"' in lines[-3]
-    assert lines[-2].startswith("on-event: stopped: step 0 of 4")
-    assert "exit code 7" in lines[-1]
-
-
-def test_closing_lines_say_what_the_money_bought(config):
-    session = open_session(config(price_per_hour=3.0))
-    session.begin_attempt()
-    summary = dataclasses.replace(
-        session.close("stopped"), tokens=1234, tok_per_sec=56.0, cost_usd=0.42, productive_s=3.0, startup_s=1.0
-    )
-    text = "\n".join(session.closing_lines(summary))
-    assert "stopped: step 0 of 4" in text
-    assert "1,234 tokens" in text
-    assert "time: 75% productive, 0% replayed, 25% start-up" in text
-    assert "$0.42" in text
 
 
 def test_disk_too_small_for_two_checkpoints_is_refused_at_the_start(config, monkeypatch):

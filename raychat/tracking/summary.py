@@ -10,6 +10,8 @@ from raychat.atomic import write_json
 from raychat.errors import DataError
 
 Status = Literal["finished", "failed", "stopped"]
+NO_RETRY = "no retry: the same command would fail alike"
+"""said at the end of a run whose `retry_helps` is false; what reads logs goes by it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Summary:
     total_training_time_s: float | None = None
     """seconds in steps, without the first 10 of each process"""
     wall_time_s: float | None = None
-    """seconds from the first start to the end, all attempts and the waits between those of one driver"""
+    """seconds in which a driver was at work, all attempts and the waits between them; not those between two drivers"""
     goodput: float | None = None
     """share of wall_time_s spent on steps that survived, 0 to 1"""
     restarts: int | None = None
@@ -77,6 +79,10 @@ class Summary:
     """times that training went back because the loss or the gradient was no number"""
     skipped_batches: int | None = None
     """global batches that were left out because of that"""
+    error: str | None = None
+    """why the run failed"""
+    retry_helps: bool | None = None
+    """of a run that failed: whether the same command may yet succeed; false when it would fail alike"""
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):

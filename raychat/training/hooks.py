@@ -5,8 +5,25 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO
+
+from raychat.tracking.summary import Summary
 
 TIMEOUT_S = 60.0
+ERROR_CHARS = 2000  # of an error that the command is told: an environment has limits
+
+
+def hook_variables(summary: Summary, run_dir: Path, *, model_tag: str, status_line: str) -> dict[str, str]:
+    """What the command finds in its environment about the run that has ended."""
+    return {
+        "RAYCHAT_EVENT": summary.status,
+        "RAYCHAT_RUN_DIR": str(run_dir),
+        "RAYCHAT_MODEL_TAG": model_tag,
+        "RAYCHAT_STATUS_LINE": status_line,
+        "RAYCHAT_SUMMARY": str(run_dir / "summary.json"),
+        "RAYCHAT_ERROR": (summary.error or "")[:ERROR_CHARS].replace("\0", ""),
+    }
 
 
 def run_hook(
@@ -19,7 +36,7 @@ def run_hook(
     repeated in the warning, since it may hold an address that is secret.
     """
     # A file and not a pipe: what the command leaves in the background may keep a pipe open for ever.
-    with tempfile.TemporaryFile() as output:
+    with _output_file() as output:
         problem = _run(command, dict(os.environ) | dict(variables), output.fileno(), timeout_s)
         output.seek(0)
         for line in output.read().decode(errors="replace").splitlines():
@@ -27,6 +44,13 @@ def run_hook(
     if problem:
         echo(f"warning: the command of --on-event {problem}")
     return problem is None
+
+
+def _output_file() -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:  # the full disk that the command is to tell of, perhaps
+        return open(os.devnull, "r+b")
 
 
 def _run(command: str, environment: Mapping[str, str], output: int, timeout_s: float) -> str | None:

@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,13 @@ class Lease:
                 "it over: this one writes nothing more. Run the same command again."
             )
         return self.why_lost is not None
+
+    def ask(self) -> bool:
+        """As `lost`, of this moment. A store that does not tell counts for nothing."""
+        if not self.lost:
+            with suppress(OSError):
+                self._look()
+        return self.lost
 
     def refuse_if_held(self, echo: Callable[[str], None] = _say_nothing) -> None:
         """Return when no live driver holds the lease; tells `echo` when that takes up to STALE_S to find out.
@@ -172,9 +179,7 @@ class Lease:
         while not self._stop.wait(BEAT_S) and not self.lost:
             began = _now()
             try:
-                if taken_over(self.store, self.holder):
-                    self.why_lost = f"{OTHER_DRIVER} has taken over {self.store.uri}: this one writes nothing more."
-                    return
+                self._look()
                 if self._stop.is_set() or self.lost:  # reading may have taken long
                     return
                 self._write()
@@ -183,6 +188,10 @@ class Lease:
                 continue
             if not self.lost:
                 self._beaten = began
+
+    def _look(self) -> None:
+        if taken_over(self.store, self.holder):
+            self.why_lost = f"{OTHER_DRIVER} has taken over {self.store.uri}: this one writes nothing more."
 
     def _write(self) -> None:
         text = json.dumps(self._mine | {"heartbeat": round(time.time(), 3)}, indent=2)

@@ -10,7 +10,7 @@ from raychat.planning import Recipe
 from raychat.progress import format_duration
 from raychat.tracking.journal import is_metrics
 from raychat.tracking.ledger import Ledger
-from raychat.tracking.summary import Status, Summary
+from raychat.tracking.summary import NO_RETRY, Status, Summary
 from raychat.training.reporting import UNTIMED_STEPS
 
 PREFIX = "ledger/"
@@ -28,11 +28,13 @@ def summarize(
     peak_memory_bytes: int | None,
     checkpoint: str | None,
     mlflow_run_id: str | None,
+    error: str | None,
+    retry_helps: bool,
 ) -> Summary:
     """The summary of a run.
 
     `state` is the loop's at its last save, empty when there was none; `records` are the metric records of the journal's
-    branch, `events` all its events.
+    branch, `events` all its events. `error` and `retry_helps` are about a run that failed.
     """
     tokens = _tokens(state, config.model.max_seq_len, recipe.total_batch_size)
     starts = _of_kind(events, "start")
@@ -68,6 +70,8 @@ def summarize(
         failed_saves=len(_of_kind(events, "save_failed")),
         rollbacks=len(_of_kind(events, "rollback")),
         skipped_batches=len({event["cursor"] for event in _of_kind(events, "rollback", "bad_step")}),
+        error=error if status == "failed" else None,
+        retry_helps=retry_helps if status == "failed" else None,
     )
 
 
@@ -98,6 +102,8 @@ def closing_lines(summary: Summary, run_dir: Path, records: Iterable[Mapping[str
         lines.append(f"  loss curve {curve}")
     if summary.checkpoint:
         lines.append(f"  checkpoint {summary.checkpoint}")
+    if summary.retry_helps is False:
+        lines.append(f"  {NO_RETRY}")
     return lines
 
 

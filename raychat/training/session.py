@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from raychat.errors import ConfigError
 from raychat.planning import make_plan, model_shape, param_counts, recipe
 from raychat.storage import Store
 from raychat.tracking.figures import loss_curve
-from raychat.tracking.journal import Journal, read_events, read_journal, records_from
-from raychat.tracking.ledger import Ledger, ledger
+from raychat.tracking.journal import Journal, read_journal
+from raychat.tracking.ledger import Book, Ledger
 from raychat.tracking.summary import Status, Summary
 from raychat.training import checkpoint, outcome
 from raychat.training.events import Ended, Event, Failed, Line, Metrics, Note, Saved
-from raychat.training.hooks import run_hook
+from raychat.training.fresh import set_aside
+from raychat.training.hooks import hook_variables, run_hook
 from raychat.training.job import Job
-from raychat.training.lease import Lease
+from raychat.training.lease import Lease, LeaseLostError
 from raychat.training.mirror import Mirror
 from raychat.training.retry import Cause, give_up
 from raychat.training.secrets import Secrets
@@ -53,12 +55,13 @@ class Session:
         self.recipe = recipe(config)
         self.run_dir, store = config.run_dir, Store.of(config.run_uri)
         if config.run.fresh:
-            _set_aside(config, self.echo)
+            set_aside(config, self.echo)
         check_writable(self.run_dir)
         if not store.is_local:
             store.check_usable()
         self.lease = Lease(store)
-        self.lease.acquire()
+        self.lease.acquire(self.echo)
+        self._book, self._events = Book(), list[Mapping[str, Any]]()
         self.mirror = Mirror(self.run_dir, store, echo=self.echo, allowed=lambda: not self.lease.lost)
         try:
             self.mirror.pull()
@@ -66,7 +69,7 @@ class Session:
             _check_space(store, param_counts(model_shape(config.model)).total)
             self.start = find_start(config, self.checkpoints, echo=self.echo)
             self.changed = check_start(config, data, self.start, echo=self.echo)
-            self.journal = Journal(self.run_dir / "metrics.jsonl", driver=self.lease.holder)
+            self.journal = Journal(self.run_dir / "metrics.jsonl", driver=self.lease.holder, reader=self._take_in)
             self.mirror.start()
         except BaseException:
             self.lease.release()
@@ -75,6 +78,8 @@ class Session:
         self.peak_memory_bytes: int | None = None
         self.ended: Ended | None = None
         self.failure: Failed | None = None
+        self._given_up: str | None = None
+        self._records: list[dict[str, Any]] | None = None
         self._first_attempt = True
         self._resolved: dict[str, Any] | None = None
         self._steps_done = 0
@@ -102,8 +107,14 @@ class Session:
         """What the ranks need for the next attempt, from the newest good checkpoint.
 
         The attempt holds `nodes` machines, which are paid for; `facts` go into the journal besides.
+
+        Raises:
+            LeaseLostError: when the run is another driver's by now; nothing has been changed then.
+            OSError: when the checkpoints are out of reach.
         """
-        attempt = 1 + sum(event["event"] == "start" for event in read_events(self.journal.path))
+        if self.lease.lost:
+            raise LeaseLostError(str(self.lease.why_lost))
+        attempt = 1 + sum(event["event"] == "start" for event in self._events)
         rollback = self.config.run.resume_from_step >= 0 and self._first_attempt
         if not self._first_attempt:
             self.start = checkpoint.newest(self.checkpoints, echo=self.echo)
@@ -115,8 +126,7 @@ class Session:
         if later := checkpoint.set_aside_after(self.checkpoints, step if self.start else -1, aside):
             self.echo(f"checkpoints of steps {', '.join(map(str, later))} moved to {aside}/")
         checkpoint.prune_orphans(self.checkpoints)
-        logged = [record["step"] for record in read_journal(self.journal.path) if "train/loss" in record]
-        replayed = max(0, max(logged, default=-1) + 1 - step)
+        replayed = max(0, self.journal.last_step("train/loss") + 1 - step)
         if replayed and self._first_attempt and (rollback or self.changed):
             self.journal.event("branch", from_step=step)  # what was logged from here on is of another training
             replayed = 0
@@ -146,11 +156,9 @@ class Session:
         facts = {"cause": cause, "step": self._steps_done, "error": self._secrets.hide(error)}
         self.journal.event("failure", **facts, step_time_s=self._step_time_s)
         limits = self.config.cluster
-        return give_up(
-            read_events(self.journal.path),
-            max_failures=limits.max_failures,
-            max_preemptions=limits.max_preemptions,
-        )
+        reason = give_up(self._events, max_failures=limits.max_failures, max_preemptions=limits.max_preemptions)
+        self._given_up = reason and f"{reason} The last error: {facts['error']}"
+        return reason
 
     def receive(self, event: Event) -> None:
         """Take in what a training process tells."""
@@ -201,7 +209,8 @@ class Session:
 
     def ledger(self) -> Ledger:
         """Where time and money went until now."""
-        return ledger(self._records_until_now(), price_per_hour=self._price)
+        now = {"event": "now", "time": time.time(), "driver": self.lease.holder}
+        return self._book.closed(self._price, last=now)
 
     def cost_usd(self) -> float | None:
         """Dollars until now; None without a price."""
@@ -212,10 +221,11 @@ class Session:
         price = self.config.money.price_per_hour
         return None if price == -1 else price
 
-    def _records_until_now(self) -> Iterator[dict[str, Any]]:
-        for record, _ in records_from(self.journal.path):
-            yield record
-        yield {"event": "now", "time": time.time(), "driver": self.lease.holder}
+    def _take_in(self, record: Mapping[str, Any]) -> None:
+        """Keep what is needed of each record: a journal grows too large to be read again at every restart."""
+        self._book.take(record)
+        if record.get("event", "journal") != "journal":
+            self._events.append(record)
 
     def tracking_facts(self) -> dict[str, Any]:
         """What MLflow is told about the run besides its metrics: name, params and the dataset."""
@@ -230,23 +240,45 @@ class Session:
             },
         }
 
-    def close(self, status: Status, *, mlflow_run_id: str | None = None) -> Summary:
-        """Write the loss curve and `summary.json`, give the lease back, run the user's hook, and return the summary."""
+    def close(
+        self,
+        status: Status,
+        *,
+        mlflow_run_id: str | None = None,
+        error: str | None = None,
+        finish_tracking: Callable[[Summary], None] | None = None,
+    ) -> Summary:
+        """Write the loss curve and `summary.json`, give the lease back, run the user's hook, and return the summary.
+
+        What cannot be written is warned of, and the rest is done. `error` says why the run failed, where the session was
+        not told; `finish_tracking` gets the summary when it is written, and what it writes reaches the store of the run.
+        """
         try:
-            if self.lease.lost:
-                self.journal.close()
-                return self._summary(status, mlflow_run_id)
-            self._journal_end(status)
-            records = read_journal(self.journal.path)
-            if any("train/loss" in record for record in records):
-                loss_curve(records, self.run_dir / "loss_curve.png", title=f"{self.config.model_tag} ({status})")
-            summary = self._summary(status, mlflow_run_id)
-            summary.write(self.run_dir / "summary.json")
+            if self.lease.ask():
+                with self._warned("the end of the journal"):
+                    self.journal.close()
+                return self._summary(status, mlflow_run_id, error)
+            self._journal_end(status, error)
+            with self._warned("the loss curve"):
+                self._draw(status)
+            summary = self._summary(status, mlflow_run_id, error)
+            with self._warned("the summary"):
+                summary.write(self.run_dir / "summary.json")
+            with self._warned("the end of tracking"):
+                if finish_tracking:
+                    finish_tracking(summary)
         finally:
-            self.mirror.close(PUSH_S)
-            self.lease.release()
+            self._let_go()
         self._run_hook(summary)
         return summary
+
+    @contextmanager
+    def _warned(self, what: str) -> Iterator[None]:
+        """An error of the disk in this block is worth a warning: it must not take the place of the run's own."""
+        try:
+            yield
+        except OSError as error:
+            self.echo(f"warning: {what} cannot be written: {error}")
 
     def artifacts(self) -> list[Path]:
         """Small files that say what the run was and how it went."""
@@ -255,49 +287,80 @@ class Session:
 
     def closing_lines(self, summary: Summary) -> list[str]:
         """How the run ended, for the console."""
-        return outcome.closing_lines(summary, self.run_dir, read_journal(self.journal.path))
+        return outcome.closing_lines(summary, self.run_dir, self._all_records())
 
     def abort(self) -> None:
         """Give the lease back without a word about the run: nothing was tried."""
-        self.journal.close()
-        self.mirror.close(PUSH_S)
+        with self._warned("the end of the journal"):
+            self.journal.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        with self._warned("the rest of the run"):
+            self.mirror.close(PUSH_S)
         self.lease.release()
 
-    def _journal_end(self, status: Status) -> None:
+    def _journal_end(self, status: Status, error: str | None) -> None:
         """The last event, and the ledger as metrics, by which MLflow learns of it."""
         survived = self.state.get("step_time_s", 0.0)
-        self.journal.event("end", status=status, productive_s=survived, step_time_s=self._step_time_s)
-        self.journal.log(max(0, self.journal.high_water), outcome.ledger_metrics(self._closed_ledger()))
-        self.journal.close()
+        why = {"error": self._why(error), "retry_helps": self._may_pass} if status == "failed" else {}
+        self.journal.event("end", status=status, productive_s=survived, step_time_s=self._step_time_s, **why)
+        self.journal.log(max(0, self.journal.high_water), outcome.ledger_metrics(self._book.closed(self._price)))
+        with self._warned("the end of the journal"):
+            self.journal.close()
 
-    def _closed_ledger(self) -> Ledger:
-        return ledger((record for record, _ in records_from(self.journal.path)), price_per_hour=self._price)
+    @property
+    def _may_pass(self) -> bool:
+        """Whether a run that failed may yet succeed as it is: neither a worker nor the count of its failures denies it."""
+        return self.lease.lost or (self.failure is None and self._given_up is None)
 
-    def _summary(self, status: Status, mlflow_run_id: str | None) -> Summary:
-        saved = checkpoint.steps(self.checkpoints)
+    def _why(self, error: str | None) -> str | None:
+        """Why the run failed: what a worker said, why it was given up, or else `error`."""
+        why = self.failure.message if self.failure else self._given_up or error
+        return why and self._secrets.hide(why)
+
+    def _draw(self, status: Status) -> None:
+        records = self._all_records()
+        if any("train/loss" in record for record in records):
+            loss_curve(records, self.run_dir / "loss_curve.png", title=f"{self.config.model_tag} ({status})")
+
+    def _all_records(self) -> list[dict[str, Any]]:
+        """The metrics of the run, for its end: read once, when nothing is written any more."""
+        if self._records is None:
+            try:
+                self._records = read_journal(self.journal.path)
+            except OSError as error:
+                self.echo(f"warning: {self.journal.path} cannot be read: {error}")
+                self._records = []
+        return self._records
+
+    def _summary(self, status: Status, mlflow_run_id: str | None, error: str | None) -> Summary:
+        saved: list[int] = []
+        try:
+            saved = checkpoint.steps(self.checkpoints)
+        except OSError as problem:
+            self.echo(f"warning: the checkpoints cannot be listed: {problem}")
         return outcome.summarize(
             status,
             self.config,
             self.recipe,
             state=self.state,
-            records=read_journal(self.journal.path),
-            events=read_events(self.journal.path),
-            ledger=self._closed_ledger(),
+            records=self._all_records(),
+            events=self._events,
+            ledger=self._book.closed(self._price),
             peak_memory_bytes=self.peak_memory_bytes,
             checkpoint=self.checkpoints.child(checkpoint.folder_name(saved[0])).uri if saved else None,
             mlflow_run_id=mlflow_run_id,
+            error=self._why(error),
+            retry_helps=self._may_pass,
         )
 
     def _run_hook(self, summary: Summary) -> None:
         if not self.config.run.on_event:
             return
-        variables = {
-            "RAYCHAT_EVENT": summary.status,
-            "RAYCHAT_RUN_DIR": str(self.run_dir),
-            "RAYCHAT_MODEL_TAG": self.config.model_tag,
-            "RAYCHAT_STATUS_LINE": self.closing_lines(summary)[0],
-            "RAYCHAT_SUMMARY": str(self.run_dir / "summary.json"),
-        }
+        variables = hook_variables(
+            summary, self.run_dir, model_tag=self.config.model_tag, status_line=self.closing_lines(summary)[0]
+        )
         run_hook(self.config.run.on_event, variables, echo=self.echo)
 
     def _public_settings(self) -> dict[str, Any]:
@@ -316,23 +379,9 @@ class Session:
             "corpus_files": self.data.corpus_files,
             "resolved": self._resolved,
         }
-        write_json(self.run_dir / "config.json", content)
-        write_json(self.run_dir / "plan.json", make_plan(self.config))
-
-
-def _set_aside(config: Config, echo: Callable[[str], None]) -> None:
-    """Rename an existing run, so that its name is free for a new one and nothing is lost."""
-    chosen = config.run.storage_path
-    runs, tag = Store.of(chosen if "://" in chosen else config.runs_dir), config.model_tag
-    if not runs.exists(tag):
-        return
-    Lease(runs.child(tag)).refuse_if_held()
-    there, number = runs.names(), 1
-    while f"{tag}.old-{number}" in there:
-        number += 1
-    kept = runs.child(f"{tag}.old-{number}")
-    runs.move(tag, kept)
-    echo(f"--fresh: the old run is kept in {kept.uri}")
+        with self._warned("the configuration"):
+            write_json(self.run_dir / "config.json", content)
+            write_json(self.run_dir / "plan.json", make_plan(self.config))
 
 
 def _check_space(store: Store, num_params: int) -> None:
