@@ -11,10 +11,21 @@ import pytest
 
 from raychat.errors import ConfigError
 from raychat.on_ray import submission
-from raychat.on_ray.submission import JobEnd, JobServer, SubmissionError, decide, read_log, read_run, see_to_end
+from raychat.on_ray.submission import (
+    JobEnd,
+    JobServer,
+    RunState,
+    SubmissionError,
+    decide,
+    read_log,
+    read_run,
+    see_to_end,
+)
 from raychat.tracking.journal import Journal
 from raychat.tracking.segments import segment_name
+from raychat.tracking.summary import Summary
 from raychat.training.lease import STALE_S, Lease, LeaseError
+from raychat.training.outcome import closing_lines
 
 
 def succeeded(**facts):
@@ -54,6 +65,8 @@ TABLE = {
     "cluster gone": ([crashed(error=CLUSTER_GONE)], AGAIN),
     "given up at one step": ([crashed(error=AT_ONE_STEP)], 1),
     "given up without machines": ([crashed(error=NO_MACHINES)], 1),
+    "a failure that no retry mends": ([crashed(hopeless=True)], 1),
+    "a failure that no retry mends, of bad input": ([crashed(hopeless=True, exit_code=2)], 2),
     "head lost": ([LOST], AGAIN),
     "head lost again and again": ([LOST] * 9, AGAIN),
     "stopped by a dying head": ([replace(LOST, run_status="stopped")], AGAIN),
@@ -124,7 +137,27 @@ def test_the_journal_says_how_the_run_of_a_job_ended(tmp_path, ended, segments):
     write_journal(tmp_path, begun=True, ended=ended)
     if segments:
         cut_up(tmp_path / "metrics.jsonl", segments)
-    assert read_run(str(tmp_path), time.time() - 60) == (ended, 4)
+    assert read_run(str(tmp_path), time.time() - 60) == RunState(ended, 4)
+
+
+@pytest.mark.parametrize("retry_helps", [False, True])
+def test_journal_and_log_agree_on_whether_a_retry_helps(tmp_path, retry_helps):
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.event("start", resume_step=0)
+    journal.event("end", status="failed", error="the loss is nan", retry_helps=retry_helps)
+    journal.close()
+    assert read_run(str(tmp_path), 0) == RunState("failed", 0, hopeless=not retry_helps)
+    lines = closing_lines(Summary(status="failed", retry_helps=retry_helps), tmp_path, [])
+    assert read_log("\n".join([*lines, "error: the loss is nan\n"])).hopeless == (not retry_helps)
+
+
+def test_a_retry_after_a_hopeless_end_is_a_new_start(tmp_path):
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.event("start", resume_step=0)
+    journal.event("end", status="failed", error="x", retry_helps=False)
+    journal.event("start", resume_step=4)
+    journal.close()
+    assert read_run(str(tmp_path), 0) == RunState(None, 4)
 
 
 def cut_up(journal, segments):
@@ -196,7 +229,7 @@ def test_a_job_that_is_not_kept_alive_is_submitted_once(hasty, tmp_path):
 def test_the_journal_stands_over_the_log(hasty, tmp_path):
     """Each of the three jobs got to another step, as the journal knows; the logs say the same."""
     server = StandIn(crashed(1), crashed(1), crashed(1), succeeded())
-    steps = iter([(None, 4), (None, 5), (None, 6), ("finished", 9)])
+    steps = iter([RunState(None, 4), RunState(None, 5), RunState(None, 6), RunState("finished", 9)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(submission, "read_run", lambda place, since: next(steps))
         assert run_to_end(server, tmp_path, keep_alive=True) == 0

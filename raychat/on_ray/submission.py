@@ -27,6 +27,7 @@ from raychat.progress import format_duration
 from raychat.storage import Store
 from raychat.tracking.journal import is_metrics, records_from
 from raychat.tracking.segments import join_segments, segment_names
+from raychat.tracking.summary import NO_RETRY
 from raychat.training.lease import OTHER_DRIVER, STALE_S
 
 Echo = Callable[[str], None]
@@ -74,6 +75,8 @@ class JobEnd:
     """that the run had reached"""
     error: str = ""
     """the last line of its log that begins with `error:`"""
+    hopeless: bool = False
+    """the run said that the same command would fail alike"""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def decide(ends: Sequence[JobEnd]) -> Verdict:
         return Verdict(True, last.exit_code or 1, f"the run is held ({last.error})", after_s=STALE_S)
     if last.exit_code == BAD_INPUT:
         return Verdict(False, BAD_INPUT, "the job refused its input")
+    if last.hopeless:
+        return Verdict(False, last.exit_code or 1, f"the run would fail alike ({_cause(last)})")
     if GAVE_UP.search(last.error):
         return Verdict(False, 1, "the job has given the run up")
     crashes = sum(end.status == "failed" and end.step == last.step and not _met_another(end) for end in ends)
@@ -130,11 +135,22 @@ def read_log(text: str) -> JobEnd:
         run_status=closing[-1] if closing else None,
         step=int(steps[-1]) if steps else None,
         error=errors[-1] if errors else "",
+        hopeless=f"  {NO_RETRY}\n" in text,
     )
 
 
-def read_run(place: str, since_s: float) -> tuple[str | None, int | None] | None:
-    """Status (None: it died without a word) and step of a run that was started after the unix time `since_s`.
+@dataclass(frozen=True)
+class RunState:
+    """What the journal of a run says."""
+
+    status: str | None
+    """None: it died without a word"""
+    step: int | None
+    hopeless: bool = False
+
+
+def read_run(place: str, since_s: float) -> RunState | None:
+    """The state of a run that was started after the unix time `since_s`.
 
     `place` is the run directory or its URI. None when no such run can be read there: what lies at the same path on this
     machine may be another run.
@@ -149,15 +165,15 @@ def read_run(place: str, since_s: float) -> tuple[str | None, int | None] | None
     begun = [n for n, record in enumerate(records) if record.get("event") == "start" and record["time"] >= since_s]
     if not begun:
         return None
-    status, step = None, None
+    state = RunState(None, None)
     for record in records[begun[0] :]:
         if record.get("event") == "end":
-            status = record["status"]
+            state = RunState(record["status"], state.step, record.get("retry_helps") is False)
         elif record.get("event") == "start":
-            step = record["resume_step"]
+            state = RunState(None, record["resume_step"])
         elif is_metrics(record):
-            step = record["step"]
-    return status, step
+            state = dataclasses.replace(state, step=record["step"])
+    return state
 
 
 def _fetch_journal(run: Store, target: Path) -> None:
@@ -348,7 +364,7 @@ def see_to_end(
         echo(f"following {job}; Ctrl-C leaves it running")
         end, began_s = server.follow(job)
         if run := read_run(place, began_s):
-            end = dataclasses.replace(end, run_status=run[0], step=run[1])
+            end = dataclasses.replace(end, run_status=run.status, step=run.step, hopeless=run.hopeless)
         ends.append(end)
         verdict = decide(ends)
         echo(f"{job} {end.status}: {verdict.why}")
