@@ -380,6 +380,27 @@ def test_a_damaged_state_means_a_new_run_and_does_not_reach_the_caller(run_dir, 
     assert "damaged" in caplog.text
 
 
+def test_a_run_that_ends_before_it_was_begun_is_ended_in_mlflow_at_once(run_dir, client):
+    """As one is that was stopped while it waited for machines: what an earlier driver shipped is ended, too."""
+    log_steps(run_dir, [0])
+    run_id = ship(run_dir, "FAILED")
+    client.update_run(run_id, status="RUNNING")
+    said = []
+    log_steps(run_dir, [1])
+    assert shipper_for(run_dir, echo=said.append).finish("KILLED", grace_s=60) == run_id
+    assert client.get_run(run_id).info.status == "KILLED"
+    assert curve(client, run_id) == [(0, 10.0), (1, 9.0)]
+    assert not [line for line in said if "has not got everything" in line]
+
+
+def test_a_password_in_the_address_of_a_dead_server_is_not_in_the_error(run_dir, refusing):
+    log_steps(run_dir, [0])
+    shipper_for(run_dir)._remember()
+    with pytest.raises(RaychatError, match="me@") as refused:
+        sync(run_dir, tracking_uri=refusing.replace("//", "//me:s3cret@"), echo=lambda text: None)
+    assert "s3cret" not in str(refused.value)
+
+
 def test_a_password_is_neither_written_nor_said(run_dir):
     uri = "postgresql://me:s3cret@127.0.0.1:1/db"
     shipper = shipper_for(run_dir, uri)

@@ -85,6 +85,15 @@ def test_secrets_are_found_however_they_stand_in_a_setting(config):
     assert secrets.hide(text) == "... ... ... ... eu key bucket 127.0.0.1"
 
 
+def test_password_of_the_tracking_server_in_the_environment_is_hidden(config, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://me:{SECRET}@mlflow.example.org/")
+    lines = []
+    session = open_session(config(), lines.append)
+    session.echo(f"API request to https://me:{SECRET}@mlflow.example.org/api/2.0 failed")
+    session.abort()
+    assert lines[-1] == "API request to https://me:...@mlflow.example.org/api/2.0 failed"
+
+
 @pytest.fixture(scope="module")
 def server():
     with s3_server() as running:

@@ -215,8 +215,9 @@ def failures_of(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
+        problem = str(error).replace(uri.rstrip("/"), public_uri(uri.rstrip("/")))  # with it, a password
         raise RaychatError(
-            f"MLflow at {public_uri(uri)} cannot be used: {error}. "
+            f"MLflow at {public_uri(uri)} cannot be used: {problem}. "
             f"Start that server, or name another store with MLFLOW_TRACKING_URI"
         ) from error
 

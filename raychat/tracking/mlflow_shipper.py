@@ -76,15 +76,17 @@ class MLflowShipper:
     def finish(self, status: EndStatus, artifacts: Sequence[Path] = (), grace_s: float = 10.0) -> str | None:
         """Ship the rest, attach the files that exist, set the end status; the run id, if known.
 
-        Close the journal first. Takes at most about `grace_s` seconds; what is not done by then is left to `sync`.
+        Close the journal first. Takes at most about `grace_s` seconds; what is not done by then is left to `sync`. A run
+        that ends before it was begun, while it waited for machines perhaps, is shipped now.
         """
         if self._give_up.is_set():
             return self.run_id
         paths = tuple(str(path.resolve()) for path in artifacts)
         self._remember(end=End(status=status, time_ms=round(time.time() * 1000), artifacts=paths))
         self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(grace_s)
+        if self._thread.ident is None:
+            self._thread.start()
+        self._thread.join(grace_s)
         self._give_up.set()
         self._file.close()
         end = self._file.state.end

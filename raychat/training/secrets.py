@@ -1,5 +1,6 @@
 """Keeps the credentials that a user's URIs hold out of what a run says and writes down."""
 
+import os
 import re
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -12,10 +13,14 @@ SHORTEST = 4
 
 
 class Secrets:
-    """The credentials of a configuration, and what they are replaced by in a text that came from elsewhere."""
+    """The credentials of a configuration, and what they are replaced by in a text that came from elsewhere.
+
+    The environment may name the MLflow server, with a password, where the configuration does not.
+    """
 
     def __init__(self, config: Config) -> None:
         texts = [value for value in config.flat().values() if isinstance(value, str)]
+        texts.append(os.environ.get("MLFLOW_TRACKING_URI", ""))
         uris = [uri for text in texts for uri in re.findall(r"[^\s'\"]+://[^\s'\"]+", text)]
         found = {secret for uri in uris for secret in _secrets_of(uri) if len(secret) >= SHORTEST}
         self._found = sorted(found, key=len, reverse=True)  # the longest first: one may be a part of another
