@@ -147,6 +147,9 @@ class Requests:
     def set(self, workers: int, away_from: Iterable[str] = ()) -> None:
         """Ask for room for so many workers, no more and no fewer."""
         selector = not_on(away_from)
+        if (len(self._groups), self._selector) == (workers, selector):
+            return
+        self._count, self._since = 0, time.monotonic()
         while len(self._groups) > (workers if selector == self._selector else 0):
             remove_placement_group(self._groups.pop())
         self._selector = selector
