@@ -185,7 +185,7 @@ def test_going_back_is_said_in_words_a_person_understands(config, monkeypatch):
     seen = Seen()
     batches, _ = poison([2 * ROWS], 0, 0, seen, lambda forward: monkeypatch.setattr(GPT, "forward", forward))
     monkeypatch.setattr(runs, "read_here", batches)
-    ran = run_here(config())
+    ran = run_here(config(save_every=-1))
     lines = [event.text for event in ran.events if isinstance(event, Line) and "left out" in event.text]
     assert len(lines) == 1
     assert "Going back to step 0; the batch at row 16 is left out from now on (rollback 1 of at most 3)" in lines[0]

@@ -160,6 +160,20 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     assert checkpoint.steps(tmp_path) == [5, 4, 2]
 
 
+def test_a_checkpoint_that_was_saved_before_its_evaluation_can_be_the_best(tmp_path):
+    """Later ones say what it was worth, also when the latest evaluation is another."""
+    model, optimizer = trained()
+    for step, state in (
+        (1, {"val_step": 1, "val_bpb": 2.0, "min_val_step": 1, "min_val_bpb": 2.0}),
+        (2, {"val_step": 1, "val_bpb": 2.0, "min_val_step": 1, "min_val_bpb": 2.0}),  # evaluated afterwards: 1.0
+        (3, {"val_step": 2, "val_bpb": 1.0, "min_val_step": 2, "min_val_bpb": 1.0}),
+        (5, {"val_step": 4, "val_bpb": 1.5, "min_val_step": 2, "min_val_bpb": 1.0}),
+    ):
+        saver.save(tmp_path, model, optimizer, meta(step) | {"state": state}, World())
+    assert checkpoint.prune(tmp_path, keep_last=1) == [3, 1]
+    assert checkpoint.steps(tmp_path) == [5, 2]
+
+
 def test_room_is_made_oldest_first_but_of_neither_the_newest_nor_the_best(tmp_path):
     for step, bpb in ((1, 2.0), (2, 1.0), (3, 1.5), (4, 1.4)):
         save_here(tmp_path, step, bpb)

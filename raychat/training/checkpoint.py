@@ -270,17 +270,18 @@ def estimated_bytes(num_params: int) -> int:
 def _dispensable(store: Store, keep_last: int) -> list[int]:
     """Steps that are neither among the newest nor the best, newest first."""
     ordered = steps(store)
-    keep = set(ordered[:keep_last])
-    best: tuple[float, int] | None = None
-    for step in ordered:
-        try:
-            state = read_meta(store.child(folder_name(step)))["state"]
-            val_bpb = state["val_bpb"] if state["val_step"] == step else None  # else it is of an earlier step
-        except (CheckpointError, KeyError, TypeError):
-            continue
-        if val_bpb is not None and (best is None or val_bpb < best[0]):
-            best = (val_bpb, step)
-    return [step for step in ordered if step not in keep and (best is None or step != best[1])]
+    measured: dict[int, float] = {}
+    for step in reversed(ordered):  # the newest knows best: what it says may be of after going back
+        with suppress(CheckpointError, KeyError, TypeError, AttributeError):
+            measured |= _measured(read_meta(store.child(folder_name(step)))["state"])
+    best = min((step for step in ordered if step in measured), key=measured.__getitem__, default=None)
+    return [step for step in ordered[keep_last:] if step != best]
+
+
+def _measured(state: dict[str, Any]) -> dict[int, float]:
+    """Val_bpb by step, as far as a checkpoint says: of its own step or of earlier ones, saved before their evaluation."""
+    said = ((state.get("val_step"), state.get("val_bpb")), (state.get("min_val_step"), state.get("min_val_bpb")))
+    return {step: bpb for step, bpb in said if step is not None and bpb is not None}
 
 
 def _files(store: Store) -> Store:

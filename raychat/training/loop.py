@@ -80,7 +80,6 @@ class Trainer:
         self.bad_steps, self.spikes = BadSteps(config.optim.on_bad_step), LossSpikes()
         self.stragglers = Stragglers(world.gather(socket.gethostname())) if world.world_size > 1 else None
         self.memory, self.times, self.first_step = MemoryGauge(self.device), StepTimes(), True
-        self.save_owed = False
 
     def fit(self) -> bool:
         """Train on. True when the horizon is reached and evaluated, False when the loop was told to stop before."""
@@ -143,8 +142,7 @@ class Trainer:
         self._tell_step(agreed.loss, lrm, grad_norm, time.perf_counter() - start)
         self.saves.collect()
         self.saves.refuse_if_fenced(agreed.fenced)
-        save_due, self.save_owed = agreed.save_due or self.save_owed, False
-        return agreed.asked, save_due
+        return agreed.asked, agreed.save_due
 
     def _agree(self, nats: float, seconds: float) -> Agreed:
         """One collective for all that ranks tell each other in a step: sums of `nats`, orders and the ranks' own times."""
@@ -269,7 +267,6 @@ class Trainer:
         if isinstance(self.batches, Generator):
             self.batches.close()
         self.batches = self.around.open_batches(self.state)
-        self.save_owed = True  # what is left out is known for good when the next checkpoint says so
         self.report.line(
             f"warning: step {bad.step:05d}: {bad.reason}. Going back to step {state.step}; the batch at row {bad.cursor:,} "
             f"is left out from now on (rollback {len(skipped)} of at most {MAX_ROLLBACKS})"
@@ -365,8 +362,10 @@ class Trainer:
         """Take in an evaluation; one that is no number, which JSON has no word for, leaves no value behind."""
         step, lowest = self.state.step, self.state.min_val_bpb
         if math.isfinite(bpb):
-            lowest = bpb if lowest is None else min(bpb, lowest)
-            self.state = replace(self.state, val_bpb=bpb, val_step=step, min_val_bpb=lowest)
+            self.state = replace(self.state, val_bpb=bpb, val_step=step)
+            if lowest is None or bpb < lowest:
+                self.state = replace(self.state, min_val_bpb=bpb, min_val_step=step)
+                self.saves.best(step)
         else:
             self.state = replace(self.state, val_bpb=None, val_step=step)
             self.report.note("bad_evaluation", step=step, value=str(bpb))

@@ -49,6 +49,7 @@ class Saves:
         self.fenced = False
         """this rank has learnt that another driver, or a later attempt, has the run"""
         self._begun_at = saved_at
+        self._owed = False
         self._synchronous = False
         self._clock = SaveClock(settings.save_every)
         self._saver = Saver(around.checkpoints, world, keep=settings.keep_checkpoints, fence=around.fence)
@@ -58,8 +59,15 @@ class Saves:
         return self._clock.due_by_time() and not self._saver.busy
 
     def due_at(self, step: int) -> bool:
-        """Whether the step count asks for a save: the same on all ranks."""
-        return self._clock.due_at(step)
+        """Whether the step count asks for a save, or what has happened: the same on all ranks."""
+        return self._clock.due_at(step) or (self._owed and step > 0)
+
+    def best(self, step: int) -> None:
+        """The evaluation at `step` is the best so far: a save is due, unless none but the last are wanted.
+
+        One that was made at this step before the evaluation will do: later ones say how good it is.
+        """
+        self._owed = self._owed or (step not in (0, self._begun_at) and self.settings.save_every != -1)
 
     def periodic(self, state: LoopState) -> None:
         """Begin to save `state`, unless that has been done; an earlier save that is still in flight ends first."""
@@ -99,8 +107,12 @@ class Saves:
         self.refuse_if_fenced(self.fenced)
 
     def went_back(self, step: int | None) -> None:
-        """The run has gone back to the checkpoint of `step`, or to its beginning."""
+        """The run has gone back to the checkpoint of `step`, or to its beginning.
+
+        What is left out is known for good when the next checkpoint says so: it is due after the next step.
+        """
         self.saved_at = self._begun_at = step
+        self._owed = True
 
     def refuse_if_fenced(self, fenced: bool) -> None:
         """Raise LeaseError when `fenced`, on which all ranks have agreed."""
@@ -131,7 +143,7 @@ class Saves:
 
     def _begin(self, state: LoopState, *, synchronous: bool) -> None:
         facts = {"step": state.step, "state": asdict(state), "world_size": self.world.world_size}
-        self._begun_at, self._synchronous = state.step, synchronous
+        self._begun_at, self._synchronous, self._owed = state.step, synchronous, False
         self._saver.begin(self.model, self.optimizer, self.around.meta | facts)
 
     def _take(self, outcome: SaveOutcome | None) -> None:

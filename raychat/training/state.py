@@ -39,6 +39,7 @@ class LoopState:
     val_bpb: float | None = None
     val_step: int | None = None
     min_val_bpb: float | None = None
+    min_val_step: int | None = None
     total_training_time_s: float = 0.0
     step_time_s: float = 0.0
     tok_per_sec: float | None = None
