@@ -49,6 +49,12 @@ def main(argv: Sequence[str]) -> int:
         "A flag holds credentials, and Ray shows the command of a job in its log and on its dashboard: give them to the "
         "nodes of the cluster in their environment, for example AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
     )
+    again = config is not None and (config.run.fresh or config.run.resume_from_step >= 0)
+    require(
+        not (args.keep_alive and again),
+        "--keep-alive with --fresh or --resume-from-step would go back at every submission, and lose what was trained "
+        "since: submit the job once without --keep-alive, and follow it with --keep-alive --follow JOB without that flag.",
+    )
     from raychat.on_ray import submission  # after the checks: ray takes seconds to load
 
     patience_s = math.inf if args.keep_alive else PATIENCE_S

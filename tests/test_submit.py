@@ -268,6 +268,8 @@ REFUSED = {
     "address": (["--address", "127.0.0.1:6379"], "http://HOST:8265"),
     "working directory": (["--working-dir", "/nowhere"], "no jobs/pretrain.py"),
     "time to stop": (["--stop-wait-s", "0"], "above 0"),
+    "a fresh start each time": (["--keep-alive", "--", "--fresh"], "--follow JOB without that flag"),
+    "going back each time": (["--keep-alive", "--", "--resume-from-step", "3"], "--follow JOB without that flag"),
     "password": (["--", "--tracking-uri", "http://me:word@host"], "credentials"),
     "secret": (["--", "--storage-path=s3://key:word@bucket/runs"], "credentials"),
     "secret option": (["--", "--storage-path=s3://bucket/runs?secret_key=word"], "credentials"),
