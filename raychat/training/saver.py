@@ -31,7 +31,9 @@ from raychat.training.snapshot import Snapshot
 from raychat.training.world import World
 
 SPARE = 1.1  # free space asked for, over the size of what is written
-SLOWEST_RANK = timedelta(minutes=30)  # that ranks wait for another's files; one that died is noticed at once
+# That ranks wait for another's files. One that died is noticed at once, one that hangs by its beats; a timeout would close
+# the group's connections, and with them end every later save.
+SLOWEST_RANK = timedelta(hours=12)
 CLOSE_S = 60.0  # that `close` waits for a save in flight
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
