@@ -1,5 +1,7 @@
 """The sharded optimizer: the same update whatever the number of ranks, state at its owner only, groups as stated."""
 
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -218,6 +220,17 @@ def test_a_non_finite_norm_shows_before_anything_is_updated():
     assert not optimizer.reduce_gradients().isfinite()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert optimizer.step_count == 0
+
+
+def test_gradients_of_an_update_that_is_left_out_are_not_kept():
+    model, optimizer = make()
+    backward(model, 0, 0, 1)
+    optimizer.reduce_gradients()
+    held = [weakref.ref(param.grad) for param in model.parameters()]
+    optimizer.zero_grad()
+    assert all(gradient() is None for gradient in held)
+    with pytest.raises(RuntimeError, match="reduce_gradients"):
+        optimizer.apply_updates()
 
 
 def test_updates_without_reduced_gradients_are_refused():

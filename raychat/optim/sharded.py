@@ -93,6 +93,11 @@ class MuonAdamW(torch.optim.Optimizer):
                 _muon(stack.group, params, pieces, moments)
         self._exchange.gather(self.stacks)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, those too that were reduced for an update that was left out."""
+        self._reduced = None
+        super().zero_grad(set_to_none)
+
     def owned_state(self) -> dict[str, tuple[int, Tensor]]:
         """This rank's state, free of the number of ranks: "<parameter>/<state>" -> (first row, rows of the whole tensor).
 
