@@ -27,7 +27,8 @@ class BitsPerByte:
     def __init__(self, model: nn.Module, token_bytes: Int[Tensor, "vocab"], device: torch.device | str) -> None:
         self.model, self.device = model, device
         self._token_bytes = token_bytes.to(device)
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, bytes
+        self._precise = torch.float32 if torch.device(device).type == "mps" else torch.float64  # which mps has not
+        self._sums = torch.zeros(2, dtype=self._precise, device=device)  # nats, bytes
 
     @torch.no_grad()
     def add(self, batch: Int[Tensor, "n T1"]) -> None:
@@ -37,7 +38,7 @@ class BitsPerByte:
         counts = self._token_bytes[targets.clamp_min(0)] * (targets >= 0)
         with high_precision(self.model):
             nats = self.model(ids[:, :-1].clamp_min(0), targets, reduction="none")
-        self._sums += torch.stack((nats.double()[counts > 0].sum(), counts.sum().double()))
+        self._sums += torch.stack((nats.to(self._precise)[counts > 0].sum(), counts.sum().to(self._precise)))
 
     def total(self, all_reduce: Callable[[Tensor], object] | None = None) -> float:
         """The value over all batches of all ranks, the same on each; the last call.
