@@ -5,14 +5,16 @@ import time
 
 import pytest
 import torch
-from runs import run_here
+from runs import after, run_here
 
 from raychat.config import Config
+from raychat.evaluation.bpb import BitsPerByte
 from raychat.model import GPT
+from raychat.optim import MuonAdamW
 from raychat.training.bad_steps import MAX_ROLLBACKS, MAX_SKIPS_RUNNING, BadStep, BadSteps, DivergedError
 from raychat.training.memory import Memory, OutOfMemoryError, fitting_batch, is_out_of_memory, out_of_memory
 from raychat.training.spikes import WINDOW_STEPS, LossSpikes
-from raychat.training.state import Clock, LoopState
+from raychat.training.state import Clock, LoopState, Signal
 from raychat.training.stragglers import STEPS_BETWEEN, STEPS_RUNNING, Stragglers
 
 BAD = BadStep(step=7, cursor=56, loss=math.nan, grad_norm=math.inf)
@@ -112,6 +114,31 @@ def test_a_pass_that_does_not_fit_ends_the_run_with_a_batch_that_would(
     with pytest.raises(OutOfMemoryError, match=r"--device-batch-size 2 x.*Use --device-batch-size 1") as raised:
         run_here(Config.from_flat(tiny_flags | own))
     assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "phase"),
+    [
+        (MuonAdamW, "reduce_gradients", "the update"),
+        (MuonAdamW, "apply_updates", "the update"),
+        (BitsPerByte, "add", "the evaluation"),
+        (MuonAdamW, "load_owned_state", "loading the checkpoint"),
+    ],
+)
+def test_memory_that_is_missing_elsewhere_ends_the_run_with_what_it_was_for(
+    tiny_flags, prepared_base, tmp_path, monkeypatch, owner, name, phase
+):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = Config.from_flat(
+        tiny_flags | {"base_dir": str(prepared_base), "storage_path": str(tmp_path), "num_iterations": 2}
+    )
+    if name == "load_owned_state":
+        run_here(config, after(1, Signal.STOP))
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(OutOfMemoryError, match=rf"Out of memory in {phase}\. The peak was .* GiB.*more workers"):
+        run_here(config)
 
 
 def test_a_step_is_bad_without_a_number_and_an_overflow_of_scaled_gradients_is_not():

@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
+import runs
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
@@ -20,15 +22,16 @@ from raychat.data.shards import RowReader
 from raychat.errors import CheckpointError
 from raychat.evaluation.bpb import BitsPerByte
 from raychat.model import GPT
+from raychat.optim import MuonAdamW
 from raychat.planning import recipe
 from raychat.tracking.journal import read_events
-from raychat.training import checkpoint, saving
+from raychat.training import checkpoint, saving, scaler
 from raychat.training.__main__ import read_here
 from raychat.training.build import Job, build_model, train
 from raychat.training.device import resolve
 from raychat.training.events import Line, Metrics, Note, Saved
 from raychat.training.lease import LeaseError
-from raychat.training.loop import DivergedError, Signal
+from raychat.training.loop import DivergedError, Signal, Trainer
 from raychat.training.save_clock import MAX_INTERVAL_S, SaveClock, save_interval_s
 from raychat.training.saver import SaveOutcome, Saver
 from raychat.training.saving import LastSaveError
@@ -458,6 +461,24 @@ def _rank(job: dict) -> tuple[list[Metrics], int]:
     return steps, next(asked)
 
 
+def test_time_spent_on_reading_is_part_of_the_step(config, monkeypatch):
+    """Or a rank that is slow for its data would neither be named nor counted."""
+    read, seen, agree = runs.read_here, [], Trainer._agree
+
+    def slow(plan):
+        for batch in read(plan):
+            time.sleep(0.05)
+            yield batch
+
+    monkeypatch.setattr(runs, "read_here", slow)
+    monkeypatch.setattr(
+        Trainer, "_agree", lambda self, nats, seconds: seen.append(seconds) or agree(self, nats, seconds)
+    )
+    ran = run_here(config(num_iterations=2, eval_every=-1))
+    assert min(ran.metric("train/dt")) > 0.05
+    assert min(seen) > 0.05 / 8  # for each of eight sequences
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_other_numbers_of_ranks_agree_with_one(whole, config, world_size):
     """The same rows in another summation order: six float32 steps of this model differ by less than 1e-5 relative."""
@@ -506,14 +527,26 @@ def test_save_clock_by_steps_and_never():
 
 
 def test_loss_scale_halves_on_overflow_and_doubles_after_good_steps():
-    scaler = LossScaler(active=True, scale=8.0)
-    assert not scaler.accepts(math.inf)
-    assert scaler.scale == 4.0
-    assert all(scaler.accepts(1.0) for _ in range(GROWTH_STEPS))
-    assert scaler.scale == 8.0
+    scaled = LossScaler(active=True, scale=8.0)
+    assert not scaled.accepts(math.inf)
+    assert scaled.scale == 4.0
+    assert all(scaled.accepts(1.0) for _ in range(GROWTH_STEPS))
+    assert scaled.scale == 8.0
+    assert scaled.can_shrink
+    assert not LossScaler(active=True, scale=1.0).can_shrink
     idle = LossScaler(active=False)
+    assert not idle.can_shrink
     assert idle.accepts(math.inf)
     assert idle.scale == 1.0
+
+
+def test_gradients_without_a_number_at_the_smallest_scale_stop_the_run(config, monkeypatch):
+    """The loss is finite all the while: no scale helps, and every update would be left out."""
+    reduce = MuonAdamW.reduce_gradients
+    monkeypatch.setattr(MuonAdamW, "reduce_gradients", lambda self: reduce(self) * math.nan)
+    monkeypatch.setattr(scaler, "FIRST_SCALE", 4.0)
+    with pytest.raises(DivergedError, match=r"step 2: the loss is [\d.]+ and the gradient norm nan"):
+        run_here(config(dtype="float16", model_tag="half", on_bad_step="stop", eval_every=-1))
 
 
 def test_half_precision_trains_with_a_scaled_loss(config):

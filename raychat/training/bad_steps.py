@@ -52,7 +52,7 @@ class BadSteps:
 
     @staticmethod
     def found(loss: float, grad_norm: float, *, scaled: bool) -> bool:
-        """Whether a step is bad. With `scaled` gradients an overflow is ordinary, and a loss that is no number is not."""
+        """Whether a step is bad. With gradients `scaled` by what can shrink an overflow is ordinary, a bad loss is not."""
         return not math.isfinite(loss) or (not math.isfinite(grad_norm) and not scaled)
 
     def good(self) -> None:

@@ -32,6 +32,7 @@ from raychat.model import GPT
 from raychat.optim import MuonAdamW
 from raychat.storage import Store
 from raychat.training.local_copy import Contents, at_hand
+from raychat.training.memory import explained
 from raychat.training.world import World
 
 FORMAT = 2
@@ -68,10 +69,14 @@ class Checkpoint:
 
         Raises:
             CheckpointError: when it does not suit the model.
+            OutOfMemoryError: when it does not fit on the device beside the model.
             OSError: on every rank, when it could not be downloaded as it was saved.
         """
-        with at_hand(self.store, world or World(), self._contents) as folder:
-            device = next(model.parameters()).device
+        device = next(model.parameters()).device
+        with (
+            at_hand(self.store, world or World(), self._contents) as folder,
+            explained("loading the checkpoint", device),
+        ):
             state = load_file(folder / MODEL, device=str(device))
             own = model.state_dict()
             for name, tensor in own.items():  # a change of precision changes how embeddings are stored

@@ -22,7 +22,7 @@ from raychat.planning.devices import mfu_percent
 from raychat.training.bad_steps import MAX_ROLLBACKS, BadStep, BadSteps, DivergedError, load_newest
 from raychat.training.device import Resolved, peak_memory_bytes
 from raychat.training.events import Ended
-from raychat.training.memory import MemoryGauge, is_out_of_memory, out_of_memory
+from raychat.training.memory import MemoryGauge, explained, is_out_of_memory, out_of_memory
 from raychat.training.reporting import UNTIMED_STEPS, Reporter, StepTimes
 from raychat.training.saving import Saves
 from raychat.training.scaler import LossScaler
@@ -107,7 +107,7 @@ class Trainer:
             waiting = self._serve(asked)
             if save_due or self.saves.due_at(self.state.step):
                 self.saves.periodic(self.state)
-            asked, save_due = self._train_step(next(self.batches))
+            asked, save_due = self._train_step()
             asked = max(waiting, asked)
 
     def _serve(self, asked: Signal) -> Signal:
@@ -117,24 +117,27 @@ class Trainer:
         self.saves.now(self.state, must=False)
         return Signal.NONE
 
-    def _train_step(self, batch: Batch) -> tuple[Signal, bool]:
-        """Train on `batch`; what is asked after it, and whether a periodic save is due by time."""
+    def _train_step(self) -> tuple[Signal, bool]:
+        """Train on the next batch; what is asked after it, and whether a periodic save is due by time."""
         start = time.perf_counter()
+        batch = next(self.batches)  # a rank that waits for its data is slow too
         N, optim = self.recipe.num_iterations, self.config.optim
         lrm = lr_multiplier(self.state.step, N, warmup_steps(self.config, N), optim.warmdown_ratio, optim.final_lr_frac)
         self._schedule(self.state.step, lrm)
         nats = self._accumulate_gradients(batch)
         agreed = self._agree(nats, (time.perf_counter() - start) / len(batch.rows))
         self.optimizer.grad_scale = self.scaler.scale
-        grad_norm = float(self.optimizer.reduce_gradients())
-        bad = BadSteps.found(agreed.loss, grad_norm, scaled=self.scaler.active)
+        with explained("the update", self.device):
+            grad_norm = float(self.optimizer.reduce_gradients())
+        bad = BadSteps.found(agreed.loss, grad_norm, scaled=self.scaler.can_shrink)
         if bad and self._bad_step(batch, agreed.loss, grad_norm) == "rollback":
             return agreed.asked, False
         if not bad:
             self.bad_steps.good()
             self._watch(agreed)
             if self.scaler.accepts(grad_norm):
-                self.optimizer.apply_updates()
+                with explained("the update", self.device):
+                    self.optimizer.apply_updates()
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -349,7 +352,8 @@ class Trainer:
         try:
             for _ in range(self.around.validation_rounds):  # a rank that has no rows left is still asked
                 if (rows := next(passes, None)) is not None:
-                    meter.add(self._to_device(rows))
+                    with explained("the evaluation", self.device):
+                        meter.add(self._to_device(rows))
                 if (asked := self._ask()) is Signal.STOP:
                     return asked
                 waiting = max(waiting, self._serve(asked))

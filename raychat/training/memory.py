@@ -1,6 +1,8 @@
 """Out of memory, said so that a user knows what to do: what was tried, what there is, and what would fit."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,7 @@ SIGNS = (
 
 
 class OutOfMemoryError(RaychatError):
-    """A forward or backward pass does not fit; the message says which one would."""
+    """Something does not fit; the message says what, and for a pass which one would."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -40,6 +42,24 @@ class Memory:
     per_sequence: float | None = None
 
 
+@contextmanager
+def explained(doing: str, device: torch.device) -> Iterator[None]:
+    """Out of memory in the block as OutOfMemoryError that says in what. For all but a pass, whose size is known."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"Out of memory in {doing}. {_used(MemoryGauge(device).read())} Use a smaller --device-batch-size, more workers, "
+            "which share the state of the optimizer, or a smaller --depth."
+        ) from error
+
+
+def _used(memory: Memory) -> str:
+    return f"The peak was {memory.peak / 2**30:.1f} GiB, and there are {memory.total / 2**30:.1f} GiB."
+
+
 class MemoryGauge:
     """Measures the passes of one device. On a CPU there is no peak of a pass to be had, only the process's own."""
 
@@ -49,8 +69,9 @@ class MemoryGauge:
         self._per_sequence: float | None = None
 
     def before_pass(self) -> None:
-        """A pass is about to begin."""
+        """A pass is about to begin. What the model was loaded with does not count for the peak of the first."""
         if self.device.type == "cuda" and self._per_sequence is None:
+            torch.cuda.reset_peak_memory_stats(self.device)
             self._base = torch.cuda.memory_allocated(self.device)
 
     def after_pass(self, sequences: int) -> None:
@@ -89,6 +110,6 @@ def out_of_memory(tried: int, max_seq_len: int, memory: Memory, rows: int) -> Ou
         else "No smaller --device-batch-size is left: use a shorter --max-seq-len, a smaller --depth, or --loss chunked."
     )
     return OutOfMemoryError(
-        f"Out of memory: a pass of --device-batch-size {tried} x --max-seq-len {max_seq_len} tokens does not fit. The peak "
-        f"was {memory.peak / 2**30:.1f} GiB, and there are {memory.total / 2**30:.1f} GiB. {advice}"
+        f"Out of memory: a pass of --device-batch-size {tried} x --max-seq-len {max_seq_len} tokens does not fit. "
+        f"{_used(memory)} {advice}"
     )

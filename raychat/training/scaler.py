@@ -13,6 +13,11 @@ class LossScaler:
         self.active, self.good_steps = active, good_steps
         self.scale = scale if active else 1.0
 
+    @property
+    def can_shrink(self) -> bool:
+        """Whether a smaller scale is left to try after an overflow: else a gradient that is no number is a bad step."""
+        return self.active and self.scale > 1.0
+
     @staticmethod
     def restore(dtype: str, scale: float | None, good_steps: int) -> "LossScaler":
         """The scaler for this compute dtype, as it was saved, or a new one."""
