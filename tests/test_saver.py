@@ -15,7 +15,7 @@ from saves import equal, meta, train, trained, values
 
 from raychat import storage
 from raychat.storage import Store
-from raychat.training import checkpoint
+from raychat.training import checkpoint, snapshot
 from raychat.training.fence import Fence
 from raychat.training.saver import Saver
 from raychat.training.world import World
@@ -86,6 +86,55 @@ def test_files_are_those_of_the_safetensors_library(tmp_path):
     assert len(written) == len(safetensors.torch.save({n: t.contiguous() for n, t in model.state_dict().items()}))
 
 
+def test_memory_in_pieces_holds_the_same_file(monkeypatch):
+    """Pieces far smaller than the tensors, of all element sizes, among them one of no and one of one element."""
+    tensors = {
+        "a": torch.arange(1000.0).view(10, 100).t(),
+        "b": torch.randn(333, generator=torch.Generator().manual_seed(0)).bfloat16(),
+        "c": torch.tensor(7, dtype=torch.int64),
+        "d": torch.zeros(0, 4),
+        "e": torch.arange(5, dtype=torch.uint8),
+    }
+    monkeypatch.setattr(snapshot, "LEAST_PIECE", 3)
+    monkeypatch.setattr(snapshot, "LARGEST_PIECE", 64)
+    asked, empty = [], torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda size, dtype, pin_memory=False: asked.append(size) or empty(size, dtype=dtype)
+    )
+    file = snapshot.HostFile([(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()], pinned=True)
+    monkeypatch.undo()
+    assert len(asked) > 20
+    assert sum(asked) == file.size
+    file.fill(tensors)
+    read = safetensors.torch.load(b"".join(file.blocks()))
+    assert equal(read, tensors)
+
+
+def test_page_locked_memory_is_asked_for_in_pieces_that_are_not_rounded_up():
+    size = 9 * 10**9 + 12345
+    sizes = snapshot.piece_sizes(size)
+    assert sum(sizes) == size
+    assert all(part.bit_count() == 1 and part <= 2**28 for part in sizes[:-1])
+    assert sizes[-1] <= 2**20
+    assert snapshot.piece_sizes(2**28) == [2**28]
+    assert snapshot.piece_sizes(100) == [100]
+
+
+def test_page_locked_memory_that_is_not_there_is_said_and_done_without(monkeypatch, caplog):
+    empty = torch.empty
+
+    def refused(size, dtype, pin_memory=False):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", refused)
+    file = snapshot.HostFile([("a", torch.float32, torch.Size([3]))], pinned=True)
+    file.fill({"a": torch.ones(3)})
+    assert safetensors.torch.load(b"".join(file.blocks()))["a"].tolist() == [1, 1, 1]
+    assert "no page-locked memory" in caplog.text
+
+
 def test_training_does_not_wait_for_the_writing(tmp_path):
     gate = Gate()
     saver = make_saver(tmp_path, fence=gate)
@@ -122,9 +171,9 @@ def test_one_save_is_in_flight_at_most_and_no_outcome_is_lost(tmp_path):
 def test_the_copy_in_memory_is_used_again(tmp_path):
     saver = make_saver(tmp_path)
     saved(saver, 2)
-    before = {name: file._flat.data_ptr() for name, file in saver._snapshot.files.items()}
+    before = {name: file._pieces[0].data_ptr() for name, file in saver._snapshot.files.items()}
     saved(saver, 4)
-    assert {name: file._flat.data_ptr() for name, file in saver._snapshot.files.items()} == before
+    assert {name: file._pieces[0].data_ptr() for name, file in saver._snapshot.files.items()} == before
 
 
 def test_checkpoint_is_never_written_over(tmp_path):

@@ -4,6 +4,7 @@ Training waits for the copy only. The file is the buffer: writing it needs neith
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ import torch
 # takes the interpreter's lock and may lose its core with it. Blocks of 4 MiB cost training 5%, these less than can be seen.
 BLOCK = 1 << 26
 ALIGNMENT = 8
+LARGEST_PIECE, LEAST_PIECE = 1 << 28, 1 << 20  # of page-locked memory
 DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -23,6 +25,8 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+logger = logging.getLogger(__name__)
 
 Layout = list[tuple[str, torch.dtype, torch.Size]]
 
@@ -43,27 +47,55 @@ class HostFile:
         head = json.dumps(entries, separators=(",", ":")).encode()
         head += b" " * (-len(head) % ALIGNMENT)
         head = len(head).to_bytes(8, "little") + head
-        self._flat = torch.empty(len(head) + end, dtype=torch.uint8, pin_memory=pinned)
-        self._flat[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        self._views = {
-            name: self._flat[len(head) + offsets[name][0] : len(head) + offsets[name][1]].view(dtype).view(shape)
-            for name, dtype, shape in layout
-        }
+        self._pieces = _pinned(len(head) + end) if pinned else [torch.empty(len(head) + end, dtype=torch.uint8)]
+        self._offsets = {name: len(head) + start for name, (start, _) in offsets.items()}
+        self._copy(0, torch.frombuffer(bytearray(head), dtype=torch.uint8))
 
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return self._flat.numel()
+        return sum(piece.numel() for piece in self._pieces)
 
     def fill(self, tensors: dict[str, torch.Tensor]) -> None:
         """Copy `tensors`, which have the layout; from a GPU without waiting for it."""
-        for name, view in self._views.items():
-            view.copy_(tensors[name].detach(), non_blocking=self._flat.is_pinned())
+        for name, start in self._offsets.items():
+            self._copy(start, tensors[name].detach().contiguous().view(-1).view(torch.uint8))
 
     def blocks(self) -> Iterator[memoryview]:
         """The content, piece by piece, not copied."""
-        content = self._flat.numpy().data
-        return (content[start : start + BLOCK] for start in range(0, len(content), BLOCK))
+        for piece in self._pieces:
+            content = piece.numpy().data
+            yield from (content[start : start + BLOCK] for start in range(0, len(content), BLOCK))
+
+    def _copy(self, start: int, data: torch.Tensor) -> None:
+        """Copy bytes to where they begin in the file, over as many pieces as they reach."""
+        first = 0
+        for piece in self._pieces:
+            lo, hi = max(start - first, 0), min(start + data.numel() - first, piece.numel())
+            if lo < hi:
+                piece[lo:hi].copy_(data[lo + first - start : hi + first - start], non_blocking=True)
+            first += piece.numel()
+
+
+def piece_sizes(size: int) -> list[int]:
+    """Powers of two, and a last one, that make up `size` bytes.
+
+    The allocator of page-locked memory rounds up to a power of two: in one piece, 9 GB would take 16.
+    """
+    sizes = []
+    while size > LEAST_PIECE:
+        sizes.append(min(LARGEST_PIECE, 1 << (size.bit_length() - 1)))
+        size -= sizes[-1]
+    return [*sizes, size] if size else sizes
+
+
+def _pinned(size: int) -> list[torch.Tensor]:
+    """Page-locked memory of `size` bytes; ordinary memory where there is not so much."""
+    try:
+        return [torch.empty(part, dtype=torch.uint8, pin_memory=True) for part in piece_sizes(size)]
+    except RuntimeError as error:
+        logger.warning("no page-locked memory for %.3f GB, so saves copy more slowly: %s", size / 1e9, error)
+        return [torch.empty(size, dtype=torch.uint8)]
 
 
 class Snapshot:
