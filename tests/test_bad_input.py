@@ -1,11 +1,9 @@
 """What a tired person types: every mistake ends in one message that names it and says what to do, and leaves no mess."""
 
 import importlib.util
-import json
 import os
 import re
 import shutil
-import socket
 import sys
 import time
 from collections import namedtuple
@@ -17,6 +15,7 @@ import pytest
 from conftest import write_corpus
 
 from raychat import cli
+from raychat.training.lease import Lease
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -436,13 +435,13 @@ def test_a_step_that_is_none_of_those_kept_is_refused_with_those(refusal_of_run,
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_second_driver_on_a_live_run_is_refused(refusal_of_run, tmp_path, fresh):
     run_dir = tmp_path / "runs" / "d2"
-    run_dir.mkdir(parents=True)
-    holder = {"holder": "x", "host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
-    (run_dir / "lease.json").write_text(json.dumps(holder))
+    live = Lease(run_dir)
+    live.acquire()
     refused = refusal_of_run(fresh=fresh)
     check(refused, f"Another driver is training in {run_dir}: process {os.getpid()}", "another --model-tag")
     assert [path.name for path in run_dir.iterdir()] == ["lease.json"]
-    assert json.loads((run_dir / "lease.json").read_text()) == holder
+    live.release()
+    assert list(run_dir.iterdir()) == []  # it was still its own
 
 
 def test_a_journal_of_a_newer_format_is_refused(refusal_of_run, tmp_path):
