@@ -23,6 +23,7 @@ from raychat.on_ray import cluster as clusters
 from raychat.on_ray.shards import make_on_ray
 from raychat.on_ray.sizing import uses_gpus, wants_gpus, worker_range
 from raychat.on_ray.supervisor import RunFailedError, Supervisor
+from raychat.storage import Store
 from raychat.tracking.journal import read_events
 from raychat.tracking.mlflow_shipper import MLflowShipper
 from raychat.tracking.shipping_state import MLFLOW_STATUS
@@ -71,14 +72,20 @@ def with_absolute_paths(config: Config) -> Config:
 
 def _run_session(session: Session, cluster: clusters.Cluster, tracking_uri: str | None) -> Summary:
     status: Literal["finished", "failed", "stopped"] = "failed"
-    shipper = _shipper(session, tracking_uri, cluster)
+    shipper, error = _shipper(session, tracking_uri, cluster), None
     try:
-        session.echo(f"run directory: {session.run_dir}")
+        session.echo(f"run directory: {Store.of(session.config.run_uri)}")
         status = _supervised(session, cluster, shipper)
+    except BaseException as failure:
+        error = str(failure) or type(failure).__name__
+        raise
     finally:
-        summary = session.close(status, mlflow_run_id=shipper.run_id if shipper else None)
-        if shipper:
-            _finish_tracking(session, shipper, summary)
+        summary = session.close(
+            status,
+            mlflow_run_id=shipper.run_id if shipper else None,
+            error=error,
+            finish_tracking=lambda summary: _finish_tracking(session, shipper, summary),
+        )
         for line in session.closing_lines(summary):
             session.echo(line)
     return summary
@@ -205,7 +212,9 @@ def _shipper(session: Session, uri: str | None, cluster: clusters.Cluster) -> ML
     )
 
 
-def _finish_tracking(session: Session, shipper: MLflowShipper, summary: Summary) -> None:
+def _finish_tracking(session: Session, shipper: MLflowShipper | None, summary: Summary) -> None:
+    if shipper is None:
+        return
     artifacts = session.artifacts()
     grace_s = FINISH_S
     if session.config.run.upload_checkpoint and "://" in (summary.checkpoint or ""):

@@ -95,16 +95,22 @@ def _run(config: Config, world: World, *, with_gpus: bool) -> int:
             _echo(session.done_line())
         return 0
     status: Literal["finished", "failed", "stopped"] = "failed"
+    wrong = None
     try:
         sink = session.receive if session else _ignore
         with _stop_on_signals() as poll:
             finished = train(job, world=world, batches=read_here, sink=sink, poll=poll)
         status = "finished" if finished else "stopped"
+    except BaseException as failure:
+        wrong = str(failure) or type(failure).__name__
+        raise
     finally:
         if session:
-            for line in session.closing_lines(session.close(status)):
+            summary = session.close(
+                status, error=wrong, finish_tracking=lambda summary: _leave_end_for_mlflow(session, summary.status)
+            )
+            for line in session.closing_lines(summary):
                 _echo(line)
-            _leave_end_for_mlflow(session, status)
     return 0
 
 
