@@ -272,7 +272,7 @@ class _Request:
 
 
 class _SaveError(Exception):
-    """Why a save failed, on all ranks. `full`: for want of space. `fenced`: another driver holds the run."""
+    """Why a save failed, on all ranks. `full`: for want of space. `fenced`: another one has taken the run over."""
 
     def __init__(self, message: str, *, full: bool = False, fenced: bool = False) -> None:
         super().__init__(message)

@@ -8,7 +8,7 @@ from raychat.errors import CheckpointError
 from raychat.model import GPT
 from raychat.optim import MuonAdamW
 from raychat.training.events import Saved
-from raychat.training.lease import LeaseError
+from raychat.training.lease import OTHER_DRIVER, LeaseLostError
 from raychat.training.reporting import Reporter
 from raychat.training.save_clock import SaveClock
 from raychat.training.saver import SaveOutcome, Saver
@@ -28,7 +28,7 @@ class Saves:
     """The checkpoints of a run: periodic ones while training goes on, and those that are waited for.
 
     Raises:
-        LeaseError: on every rank, by `settle` and `now`, when another driver, or a later attempt, has the run.
+        LeaseLostError: on every rank, by `settle` and `now`, when another driver, or a later attempt, has the run.
     """
 
     def __init__(
@@ -115,10 +115,10 @@ class Saves:
         self._owed = True
 
     def refuse_if_fenced(self, fenced: bool) -> None:
-        """Raise LeaseError when `fenced`, on which all ranks have agreed."""
+        """Raise LeaseLostError when `fenced`, on which all ranks have agreed."""
         if fenced:
-            raise LeaseError(
-                f"Another driver, or a later attempt, has taken over the run of {self.around.checkpoints.uri}: this one "
+            raise LeaseLostError(
+                f"{OTHER_DRIVER} or a later attempt has taken over the run of {self.around.checkpoints.uri}: this one "
                 "writes nothing more."
             )
 
