@@ -1,7 +1,6 @@
 """What several test files share: a small corpus, the smallest settings that train on it, and their data, made once."""
 
 import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +11,6 @@ import pytest
 from raychat.config import Config
 
 SYLLABLES = ("ka", "lo", "mi", "ru", "te", "sha", "von", "pel", "qui", "ster", "and", "ing")
-
-
-def pytest_configure() -> None:
-    """Let tests that end a cluster of their own leave this process alive.
-
-    Ray ends any process whose connection to a cluster has been dead for 60 s, also when it has long been done with it.
-    Ray reads this when it is loaded, which is later.
-    """
-    os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "36000"
 
 
 def write_corpus(folder: Path, *, files: int = 3, documents: int = 40, longest: int = 200) -> Path:

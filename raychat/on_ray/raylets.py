@@ -22,6 +22,7 @@ from ray._private.node import Node as RayNode
 from ray._private.parameter import RayParams
 from ray._raylet import GcsClient  # pyrefly: ignore[missing-module-attribute]
 from ray.core.generated import autoscaler_pb2
+from ray.experimental import internal_kv
 
 from raychat.on_ray.cluster import ENVIRONMENT
 from raychat.on_ray.processes import kill_tree
@@ -169,6 +170,12 @@ def _start(*, head: bool = False, **parameters: Any) -> Node:
         no_monitor=True,
         **parameters,
     )
-    handle = RayNode(params, head=head, shutdown_at_exit=True, spawn_reaper=True)
+    # Ray makes the node's cluster the one that this whole process asks for its own small data. It may be connected to another
+    # one, and would wait for an answer from this one when it is long gone.
+    connected = internal_kv.global_gcs_client
+    try:
+        handle = RayNode(params, head=head, shutdown_at_exit=True, spawn_reaper=True)
+    finally:
+        internal_kv.global_gcs_client = connected or internal_kv.global_gcs_client
     raylet = handle.all_processes[ray._private.ray_constants.PROCESS_TYPE_RAYLET][0].process
     return Node(str(handle.node_id), raylet.pid, handle)
