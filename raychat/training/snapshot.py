@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 # Bytes handed on at a time. The thread that writes has the lowest priority: each time it comes back for another block, it
-# takes the interpreter's lock and may lose its core with it. Blocks of 4 MiB cost training 5%, these less than can be seen.
+# takes the interpreter's lock and may lose its core with it. See docs/LOG.md for what that costs.
 BLOCK = 1 << 26
 ALIGNMENT = 8
 LARGEST_PIECE, LEAST_PIECE = 1 << 28, 1 << 20  # of page-locked memory
