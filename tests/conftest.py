@@ -63,6 +63,13 @@ def tiny_config(tiny_flags, tmp_path) -> Callable[..., Config]:
     return lambda **changes: Config.from_flat(tiny_flags | {"base_dir": str(tmp_path / "base")} | changes)
 
 
+@pytest.fixture
+def own_config(tiny_flags, prepared_base, tmp_path) -> Callable[..., Config]:
+    """Makes a configuration of `tiny_flags` whose data are there and whose runs are this test's own."""
+    own = {"base_dir": str(prepared_base), "storage_path": str(tmp_path / "runs")}
+    return lambda **changes: Config.from_flat(tiny_flags | own | changes)
+
+
 @pytest.fixture(scope="session")
 def prepared_base(tiny_flags, tmp_path_factory) -> Path:
     """A base directory that holds the tokenizer and the token shards of `tiny_flags`. Tests must not write into them."""

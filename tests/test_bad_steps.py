@@ -26,15 +26,9 @@ ROWS = 8  # of a global batch of the tiny run
 
 
 @pytest.fixture
-def config(tiny_flags, prepared_base, tmp_path):
-    """Makes a configuration whose data are there and whose runs are this test's own; saves are waited for."""
-    own = {
-        "base_dir": str(prepared_base),
-        "storage_path": str(tmp_path / "runs"),
-        "num_iterations": 6,
-        "save_mode": "sync",
-    }
-    return lambda **changes: Config.from_flat(tiny_flags | own | changes)
+def config(own_config):
+    """Makes a configuration of six steps; saves are waited for."""
+    return lambda **changes: own_config(**{"num_iterations": 6, "save_mode": "sync"} | changes)
 
 
 @dataclasses.dataclass

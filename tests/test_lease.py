@@ -1,5 +1,6 @@
 """The lease of a run: one driver at a time, a dead one does not stand in the way, a silent one fences itself."""
 
+import contextlib
 import errno
 import json
 import os
@@ -205,6 +206,24 @@ def test_a_damaged_lease_holds_nothing(tmp_path, content):
     take_over(tmp_path)
 
 
+def winners_of(leases):
+    """Those of `leases` that are held when all of them were asked for at the same moment."""
+    start, winners = threading.Barrier(len(leases)), []
+
+    def acquire(lease):
+        start.wait()
+        with contextlib.suppress(LeaseError):
+            lease.acquire()
+            winners.append(lease)
+
+    threads = [threading.Thread(target=acquire, args=[lease]) for lease in leases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return winners
+
+
 def test_of_threads_that_start_at_once_one_gets_the_lease(tmp_path, monkeypatch):
     """By the claim alone: nobody waits for the others' writes, which come one after the other."""
     monkeypatch.setattr(module, "SETTLE_S", 0.0)
@@ -213,21 +232,7 @@ def test_of_threads_that_start_at_once_one_gets_the_lease(tmp_path, monkeypatch)
     delays = {lease.holder: 0.05 * (1 + place) for place, lease in enumerate(leases)}
     write = Lease._write
     monkeypatch.setattr(Lease, "_write", lambda self: (time.sleep(delays[self.holder]), write(self)))
-    start, refused = threading.Barrier(len(leases)), []
-
-    def acquire(lease):
-        start.wait()
-        try:
-            lease.acquire()
-        except LeaseError:
-            refused.append(lease)
-
-    threads = [threading.Thread(target=acquire, args=[lease]) for lease in leases]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    winners = [lease for lease in leases if lease not in refused]
+    winners = winners_of(leases)
     assert [lease.holder for lease in winners] == [read_lease(tmp_path)["holder"]]
     winners[0].release()
     assert list(tmp_path.iterdir()) == []
@@ -371,22 +376,7 @@ def test_in_a_bucket_a_stale_lease_is_taken_over_and_the_old_holder_learns_of_it
 def test_in_a_bucket_of_two_that_start_at_once_one_gets_the_lease(server, short_settling):
     run = Store.of(server.uri("runs/race"))
     leases = [Lease(run) for _ in range(2)]
-    start, refused = threading.Barrier(2), []
-
-    def acquire(lease):
-        start.wait()
-        try:
-            lease.acquire()
-        except LeaseError:
-            refused.append(lease)
-
-    threads = [threading.Thread(target=acquire, args=[lease]) for lease in leases]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(refused) == 1
-    winner = next(lease for lease in leases if lease not in refused)
+    (winner,) = winners_of(leases)
     assert read_lease(run)["holder"] == winner.holder
     winner.release()
 

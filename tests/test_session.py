@@ -8,7 +8,6 @@ import time
 import pytest
 from runs import after, dying_at, open_session, run_here
 
-from raychat.config import Config
 from raychat.errors import CheckpointError
 from raychat.tracking.journal import read_events, read_journal, records_from
 from raychat.tracking.ledger import Ledger, ledger
@@ -25,14 +24,8 @@ MAY_BE_NULL = {"core_metric", "mfu", "cost_usd", "mlflow_run_id", "error", "retr
 
 
 @pytest.fixture
-def config(tiny_flags, prepared_base, tmp_path):
-    own = {
-        "base_dir": str(prepared_base),
-        "storage_path": str(tmp_path / "runs"),
-        "save_every": 2,
-        "keep_checkpoints": 9,
-    }
-    return lambda **changes: Config.from_flat(tiny_flags | own | changes)
+def config(own_config):
+    return lambda **changes: own_config(**{"save_every": 2, "keep_checkpoints": 9} | changes)
 
 
 def test_finished_run_has_every_file_and_every_field(config):

@@ -7,7 +7,6 @@ import time
 import pytest
 from runs import open_session
 
-from raychat.config import Config
 from raychat.tracking.journal import read_events
 from raychat.tracking.summary import NO_RETRY, Summary
 from raychat.training import session as module
@@ -16,9 +15,8 @@ from raychat.training.lease import LeaseLostError
 
 
 @pytest.fixture
-def config(tiny_flags, prepared_base, tmp_path):
-    own = {"base_dir": str(prepared_base), "storage_path": str(tmp_path / "runs")}
-    return lambda **changes: Config.from_flat(tiny_flags | own | changes)
+def config(own_config):
+    return own_config
 
 
 def test_attempt_of_a_driver_that_lost_its_lease_changes_nothing(config):

@@ -41,10 +41,9 @@ from raychat.training.world import World
 
 
 @pytest.fixture
-def config(tiny_flags, prepared_base, tmp_path):
-    """Makes a configuration whose data are there and whose runs are this test's own."""
-    own = {"base_dir": str(prepared_base), "storage_path": str(tmp_path / "runs"), "num_iterations": 6}
-    return lambda **changes: Config.from_flat(tiny_flags | own | changes)
+def config(own_config):
+    """Makes a configuration of six steps."""
+    return lambda **changes: own_config(**{"num_iterations": 6} | changes)
 
 
 @pytest.fixture(scope="module")

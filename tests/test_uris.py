@@ -7,7 +7,6 @@ import pytest
 from runs import after, open_session, run_here
 from s3_server import s3_server
 
-from raychat.config import Config
 from raychat.storage import Store
 from raychat.training import checkpoint
 from raychat.training.events import Note
@@ -18,14 +17,8 @@ from raychat.uris import public_uri
 
 
 @pytest.fixture
-def config(tiny_flags, prepared_base, tmp_path):
-    own = {
-        "base_dir": str(prepared_base),
-        "storage_path": str(tmp_path / "runs"),
-        "save_every": 2,
-        "keep_checkpoints": 9,
-    }
-    return lambda **changes: Config.from_flat(tiny_flags | own | changes)
+def config(own_config):
+    return lambda **changes: own_config(**{"save_every": 2, "keep_checkpoints": 9} | changes)
 
 
 @pytest.mark.parametrize(

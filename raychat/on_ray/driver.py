@@ -24,7 +24,6 @@ from raychat.on_ray.shards import make_on_ray
 from raychat.on_ray.sizing import uses_gpus, wants_gpus, worker_range
 from raychat.on_ray.supervisor import RunFailedError, Supervisor
 from raychat.storage import Store
-from raychat.tracking.journal import read_events
 from raychat.tracking.mlflow_shipper import MLflowShipper
 from raychat.tracking.shipping_state import MLFLOW_STATUS
 from raychat.tracking.summary import Summary
@@ -195,8 +194,8 @@ def _shipper(session: Session, uri: str | None, cluster: clusters.Cluster) -> ML
     if uri is None:
         return None
     config = session.config
-    use_gpu = uses_gpus(config, cluster)
-    workers, _ = worker_range(config, cluster, use_gpu)
+    use_gpu = uses_gpus(config, cluster, session.starts())
+    workers, _ = worker_range(config, cluster, use_gpu, session.starts())
     return MLflowShipper(
         session.run_dir,
         tracking_uri=uri,
@@ -229,9 +228,8 @@ def _finish_tracking(session: Session, shipper: MLflowShipper | None, summary: S
 def _check_cluster(session: Session, cluster: clusters.Cluster) -> None:
     """Refuse what this cluster cannot do."""
     config = session.config
-    starts = [event for event in read_events(session.journal.path) if event["event"] == "start"]
-    use_gpu = uses_gpus(config, cluster, starts)
-    _, fewest = worker_range(config, cluster, use_gpu, starts)
+    use_gpu = uses_gpus(config, cluster, session.starts())
+    _, fewest = worker_range(config, cluster, use_gpu, session.starts())
     if not use_gpu and not cluster.started_here:
         device.refuse_gpu_sized(config, device.resolve(config, local_world_size=1), cores=cluster.cpus)
     there, kind = (cluster.gpus, "GPUs") if use_gpu else (cluster.cpus, "CPUs")

@@ -19,14 +19,6 @@ def children(pid: int) -> list[int]:
     return below
 
 
-def command_line(pid: int) -> str:
-    """The command of a process with its arguments, or its title where it gave itself one; empty when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return ""
-
-
 def is_running(pid: int) -> bool:
     """Whether the process is there and has not ended (a dead one stays in the table until its parent looks)."""
     try:

@@ -18,7 +18,7 @@ def wants_gpus(config: Config) -> bool:
     return config.precision.device_type == "cuda" or config.precision.fp8
 
 
-def uses_gpus(config: Config, cluster: Cluster, starts: Sequence[Mapping[str, Any]] = ()) -> bool:
+def uses_gpus(config: Config, cluster: Cluster, starts: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the workers are on GPUs. `starts` are those of the run before: it goes on as it was begun."""
     if wants_gpus(config):
         return True
@@ -27,7 +27,7 @@ def uses_gpus(config: Config, cluster: Cluster, starts: Sequence[Mapping[str, An
 
 
 def worker_range(
-    config: Config, cluster: Cluster, use_gpu: bool, starts: Sequence[Mapping[str, Any]] = ()
+    config: Config, cluster: Cluster, use_gpu: bool, starts: Sequence[Mapping[str, Any]]
 ) -> tuple[int, int]:
     """The most and the fewest workers that the run may have. `auto`: as many as there are GPUs, or were, and at least one."""
     wanted, fewest = config.cluster.num_workers, config.cluster.min_workers

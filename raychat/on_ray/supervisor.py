@@ -22,7 +22,6 @@ from raychat.on_ray.sizing import Patience, Room, uses_gpus, worker_range
 from raychat.on_ray.watchers import Watchers
 from raychat.progress import format_duration
 from raychat.storage import Store
-from raychat.tracking.journal import read_events
 from raychat.training.events import Note, Saved
 from raychat.training.job import Job
 from raychat.training.retry import Cause
@@ -62,9 +61,8 @@ class Supervisor:
     ) -> None:
         self.session, self.stop_asked, self.on_start = session, stop_asked, on_start
         self.echo = session.echo
-        starts = [event for event in read_events(session.journal.path) if event["event"] == "start"]
-        self.use_gpu = uses_gpus(session.config, cluster, starts)
-        self.most, self.fewest = worker_range(session.config, cluster, self.use_gpu, starts)
+        self.use_gpu = uses_gpus(session.config, cluster, session.starts())
+        self.most, self.fewest = worker_range(session.config, cluster, self.use_gpu, session.starts())
         self.watch = NodeWatch(self.use_gpu)
         self.room = Room(self.watch, self.use_gpu, most=self.most, fewest=self.fewest)
         self.own_node = ray.get_runtime_context().get_node_id()

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 Cause = Literal["crash", "hang", "preempted", "lost", "resize"]
 """crash, hang: of the training itself; preempted: a machine was taken away with notice; lost: without; resize: on purpose"""
-CAUSES = get_args(Cause)
 TAKEN_AWAY = ("preempted", "lost")
 
 

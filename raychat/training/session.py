@@ -64,7 +64,7 @@ class Session:
         self._book, self._events = Book(), list[Mapping[str, Any]]()
         self.mirror = Mirror(self.run_dir, store, echo=self.echo, allowed=lambda: not self.lease.lost)
         try:
-            self.mirror.pull()
+            self.mirror.pull(fresh=config.run.fresh)
             self.checkpoints = store.child("checkpoints")
             _check_space(store, param_counts(model_shape(config.model)).total)
             self.start = find_start(config, self.checkpoints, echo=self.echo)
@@ -103,6 +103,10 @@ class Session:
             + ". --fresh starts over; a longer horizon with --allow-config-change goes on."
         )
 
+    def starts(self) -> list[Mapping[str, Any]]:
+        """The events that began the run's attempts so far, those of earlier drivers too."""
+        return [event for event in self._events if event["event"] == "start"]
+
     def begin_attempt(self, *, nodes: int = 1, **facts: Any) -> Job:
         """What the ranks need for the next attempt, from the newest good checkpoint.
 
@@ -114,7 +118,7 @@ class Session:
         """
         if self.lease.lost:
             raise LeaseLostError(str(self.lease.why_lost))
-        attempt = 1 + sum(event["event"] == "start" for event in self._events)
+        attempt = 1 + len(self.starts())
         rollback = self.config.run.resume_from_step >= 0 and self._first_attempt
         if not self._first_attempt:
             self.start = checkpoint.newest(self.checkpoints, echo=self.echo)
