@@ -35,6 +35,8 @@ class RunSettings:
     """where the runs are kept: a folder that all nodes share, or s3:// or gs://; default: <base-dir>/runs"""
     seed: int = 42
     """seed of the initial weights and of the data order"""
+    init_from: str = ""
+    """exported directory whose weights a new run begins with; default: random ones from the seed"""
     log_every: int = 1
     """steps between log lines"""
     resume_from_step: int = -1
@@ -264,12 +266,17 @@ class EvalSettings:
     """steps between evaluations of the CORE metric; -1: never"""
     core_metric_max_per_task: int = 500
     """items per CORE task; -1: all"""
+    core_bundle: str = ""
+    """folder, or URL of a zip or tar, with the CORE tasks; default: <base-dir>/core_bundle where that is there"""
     sample_every: int = 2000
     """steps between text samples; -1: never"""
+    eval_workers: int = 0
+    """workers besides those that train, which evaluate finished checkpoints meanwhile; 0: training waits for evaluation"""
 
     def __post_init__(self) -> None:
         positive_or_minus_one(self, "eval_every", "core_metric_every", "core_metric_max_per_task", "sample_every")
         positive(self, "eval_tokens")
+        require(self.eval_workers >= 0, f"--eval-workers must be at least 0, got {self.eval_workers}.")
 
 
 @dataclass(frozen=True, kw_only=True)

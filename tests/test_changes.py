@@ -7,7 +7,9 @@ from raychat.errors import CheckpointError
 from raychat.planning import recipe
 from raychat.training.changes import check_changes, kind_of
 
-NEVER = "depth aspect_ratio head_dim num_kv_heads max_seq_len window_pattern short_window_ratio vocab_size seed"
+NEVER = (
+    "depth aspect_ratio head_dim num_kv_heads max_seq_len window_pattern short_window_ratio vocab_size seed init_from"
+)
 PERMISSION = (
     "dtype fp8 fp8_recipe embedding_lr unembedding_lr matrix_lr scalar_lr weight_decay adam_beta1 adam_beta2 "
     "warmup_steps warmup_ratio warmdown_ratio final_lr_frac grad_clip muon_momentum_start muon_momentum "
@@ -17,7 +19,7 @@ FREE = (
     "run model_tag preset base_dir storage_path log_every resume_from_step fresh allow_config_change force tracking_uri "
     "experiment upload_checkpoint dry_run device_type loss compile device_batch_size eval_every eval_tokens "
     "core_metric_every core_metric_max_per_task sample_every save_every keep_checkpoints address num_workers min_workers "
-    "max_failures max_preemptions max_wait on_event save_mode on_bad_step price_per_hour budget_usd max_hours"
+    "core_bundle eval_workers max_failures max_preemptions max_wait on_event save_mode on_bad_step price_per_hour budget_usd max_hours"
 )
 # What these say is compared by the fingerprint of the data that come out of them.
 DATA = "corpus val_corpus text_column num_data_shards packing tokenizer tok_max_chars tok_doc_cap"

@@ -24,6 +24,7 @@ NEVER = frozenset(
         "short_window_ratio",
         "vocab_size",
         "seed",
+        "init_from",
     }
 )
 PERMISSION = frozenset(
