@@ -31,6 +31,24 @@ def attend(
     return BACKENDS[backend](q, k, v, window)
 
 
+def attend_seen(
+    q: Float[Tensor, "B n H D"],
+    k: Float[Tensor, "B S Hkv D"],
+    v: Float[Tensor, "B S Hkv D"],
+    seen: Bool[Tensor, "B n S"] | None,
+) -> Float[Tensor, "B n H D"]:
+    """Softmax attention of every query over the keys that `seen` marks for it, at least one (None: all of them).
+
+    Query heads that share a key head are stacked as if they were queries: no key is copied, on any kernel.
+    """
+    (B, n, H, D), Hkv = q.shape, k.size(2)
+    groups = H // Hkv
+    q = q.view(B, n, Hkv, groups, D).permute(0, 2, 3, 1, 4).reshape(B, Hkv, groups * n, D)
+    mask = None if seen is None else seen[:, None].repeat(1, 1, groups, 1)  # (B, 1, groups * n, S)
+    y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return y.view(B, Hkv, groups, n, D).permute(0, 3, 1, 2, 4).reshape(B, n, H, D)
+
+
 def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The fastest back-end that works for `dtype` on `device`, and the reason in words (for the log)."""
     if device.type != "cuda":

@@ -8,6 +8,7 @@ Legend: B rows, T positions, C = n_embd channels, H heads, Hkv key and value hea
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from raychat.errors import ConfigError
 from raychat.model.attention import attend
 from raychat.model.loss import LOSSES, Reduction, softcapped_logits
+from raychat.model.past import Past
 from raychat.planning.scaling import (
     SMEAR_CHANNELS,
     VALUE_GATE_CHANNELS,
@@ -124,7 +126,7 @@ def norm(x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
 
 
 def rotate(
-    x: Float[Tensor, "B T H D"], cos: Float[Tensor, "T 1 half"], sin: Float[Tensor, "T 1 half"]
+    x: Float[Tensor, "B T H D"], cos: Float[Tensor, "*places 1 half"], sin: Float[Tensor, "*places 1 half"]
 ) -> Float[Tensor, "B T H D"]:
     """Rotary position embedding; the pairs are (channel m, channel m + D/2)."""
     x1, x2 = x.chunk(2, dim=-1)
@@ -138,7 +140,7 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.n_embd, config.head_dim
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.window = config.windows()[layer]
+        self.layer, self.window = layer, config.windows()[layer]
         self.c_q = Linear(C, config.n_head * D)
         self.c_k = Linear(C, config.n_kv_head * D)
         self.c_v = Linear(C, config.n_kv_head * D)
@@ -152,6 +154,7 @@ class Attention(nn.Module):
         value_embed: Float[Tensor, "B T Ckv"] | None,
         rotary: tuple[Tensor, Tensor],
         backend: str,
+        past: Past | None = None,
     ) -> Float[Tensor, "B T C"]:
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, -1)
@@ -161,7 +164,7 @@ class Attention(nn.Module):
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, Hkv)
             v = v + gate[..., None] * value_embed.view_as(v)
         q, k = 1.2 * norm(rotate(q, *rotary)), 1.2 * norm(rotate(k, *rotary))
-        y = attend(q, k, v, self.window, backend)
+        y = attend(q, k, v, self.window, backend) if past is None else past.attend(self.layer, q, k, v, backend)
         return self.c_proj(y.reshape(B, T, -1))
 
 
@@ -186,9 +189,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Float[Tensor, "B T C"], value_embed: Tensor | None, rotary: tuple[Tensor, Tensor], backend: str
+        self,
+        x: Float[Tensor, "B T C"],
+        value_embed: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        backend: str,
+        past: Past | None = None,
     ) -> Float[Tensor, "B T C"]:
-        x = x + self.attn(norm(x), value_embed, rotary, backend)
+        x = x + self.attn(norm(x), value_embed, rotary, backend, past)
         return x + self.mlp(norm(x))
 
 
@@ -290,39 +298,61 @@ class GPT(nn.Module):
         self.register_buffer("cos", angles.cos().to(self.compute_dtype), persistent=False)
         self.register_buffer("sin", angles.sin().to(self.compute_dtype), persistent=False)
 
-    def hidden(self, idx: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
-        """The normed residual stream in front of the head, in the compute dtype."""
-        T = idx.size(1)
+    def hidden(
+        self, idx: Int[Tensor, "B T"], cache: Past | None = None, counts: Sequence[int] | None = None
+    ) -> Float[Tensor, "B T C"]:
+        """The normed residual stream in front of the head, in the compute dtype.
+
+        With a `cache` the rows continue those in it, and are added to it. Of row b the first `counts[b]` tokens are
+        real (default: all), the rest is padding whose result means nothing.
+        """
+        dtype = self.compute_dtype
+        rotary = self._rotary(idx.size(1), cache, counts)
+        x = x0 = self._smear(norm(self.transformer["wte"](idx).to(dtype)), cache)
+        resid, x0_share = self.resid_lambdas.to(dtype).unbind(), self.x0_lambdas.to(dtype).unbind()
+        middle = x
+        for i, block in enumerate(self.transformer["h"].children()):
+            value_embed = self.value_embeds[str(i)](idx).to(dtype) if self.config.has_value_embed(i) else None
+            x = block(resid[i] * x + x0_share[i] * x0, value_embed, rotary, self.attention_backend, cache)
+            if i == self.config.n_layer // 2:
+                middle = x
+        if cache is not None:
+            cache.end()
+        return norm(x - self.backout_lambda.to(dtype) * middle)
+
+    def _rotary(self, T: int, cache: Past | None, counts: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        """cos and sin of the positions of a pass: (T, 1, half), or with a cache (B, T, 1, half)."""
+        if cache is not None:
+            positions = cache.begin(T, counts)
+            return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
         if self.cos.size(0) < T:
             raise ConfigError(
                 f"A row of {T:,} tokens is longer than the {self.cos.size(0):,} positions of a model trained on "
                 f"--max-seq-len={self.config.sequence_len:,}. Use shorter rows."
             )
-        dtype = self.compute_dtype
-        rotary = self.cos[:T, None], self.sin[:T, None]
-        x = x0 = self._smear(norm(self.transformer["wte"](idx).to(dtype)))
-        resid, x0_share = self.resid_lambdas.to(dtype).unbind(), self.x0_lambdas.to(dtype).unbind()
-        middle = x
-        for i, block in enumerate(self.transformer["h"].children()):
-            value_embed = self.value_embeds[str(i)](idx).to(dtype) if self.config.has_value_embed(i) else None
-            x = block(resid[i] * x + x0_share[i] * x0, value_embed, rotary, self.attention_backend)
-            if i == self.config.n_layer // 2:
-                middle = x
-        return norm(x - self.backout_lambda.to(dtype) * middle)
+        return self.cos[:T, None], self.sin[:T, None]
 
-    def _smear(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+    def _smear(self, x: Float[Tensor, "B T C"], cache: Past | None) -> Float[Tensor, "B T C"]:
         """Mix into each position, but the first, a gated share of the one before it."""
+        if cache is not None:
+            gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+            return x + gate * cache.shift(x)
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))
         return torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
 
     def forward(
-        self, idx: Int[Tensor, "B T"], targets: Int[Tensor, "B T"] | None = None, reduction: Reduction = "mean"
+        self,
+        idx: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"] | None = None,
+        reduction: Reduction = "mean",
+        cache: Past | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Float[Tensor, "..."]:
         """Without `targets` float32 logits (B, T, V), else the cross entropy in nats.
 
-        Targets of -1 do not count. `reduction` "none" gives (B, T) with 0 there.
+        Targets of -1 do not count. `reduction` "none" gives (B, T) with 0 there. `cache` and `counts`: see `hidden`.
         """
-        x = self.hidden(idx)
+        x = self.hidden(idx, cache, counts)
         if targets is None:
             return softcapped_logits(x, self.lm_head.weight, self.config.vocab_size)
         return LOSSES[self.loss_impl](x, self.lm_head.weight, targets, self.config.vocab_size, reduction)
