@@ -10,6 +10,7 @@ from s3_server import s3_server
 from raychat.storage import Store
 from raychat.training import checkpoint
 from raychat.training.events import Note
+from raychat.training.mirror import Mirror
 from raychat.training.secrets import Secrets
 from raychat.training.session import Session
 from raychat.training.state import Signal
@@ -92,6 +93,18 @@ def server():
     with s3_server() as running:
         running.make_bucket("runs")
         yield running
+
+
+def test_fresh_run_begins_anew_though_nothing_of_the_last_one_reached_the_store(config, server, monkeypatch):
+    there = {"storage_path": server.uri("runs/lost")}
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "start", lambda self: None)
+        cut_off = open_session(config(**there))
+        cut_off.begin_attempt()
+        cut_off.abort()
+    anew = open_session(config(**there, fresh=True))
+    assert anew.begin_attempt().attempt == 1
+    anew.abort()
 
 
 def test_run_in_an_object_store_goes_on_on_another_machine_and_keeps_no_credentials(

@@ -69,6 +69,13 @@ class Saves:
         """
         self._owed = self._owed or (step not in (0, self._begun_at) and self.settings.save_every != -1)
 
+    def owe(self, step: int) -> bool:
+        """Have a checkpoint of `step` made, for others to evaluate; False: there was one before, or nothing was trained."""
+        if step in (0, self._begun_at):
+            return False
+        self._owed = True
+        return True
+
     def periodic(self, state: LoopState) -> None:
         """Begin to save `state`, unless that has been done; an earlier save that is still in flight ends first."""
         if state.step == self._begun_at:
@@ -144,7 +151,7 @@ class Saves:
     def _begin(self, state: LoopState, *, synchronous: bool) -> None:
         facts = {"step": state.step, "state": asdict(state), "world_size": self.world.world_size}
         self._begun_at, self._synchronous, self._owed = state.step, synchronous, False
-        self._saver.begin(self.model, self.optimizer, self.around.meta | facts)
+        self._saver.begin(self.model, self.optimizer, self.around.meta | facts, urgent=synchronous)
 
     def _take(self, outcome: SaveOutcome | None) -> None:
         if outcome is None:

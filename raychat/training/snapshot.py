@@ -10,9 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-# Bytes handed on at a time. The thread that writes has the lowest priority: each time it comes back for another block, it
-# takes the interpreter's lock and may lose its core with it. See docs/LOG.md for what that costs.
-BLOCK = 1 << 26
+BLOCK = 1 << 26  # bytes handed on at a time; each time, the thread that writes takes the interpreter's lock
 ALIGNMENT = 8
 LARGEST_PIECE, LEAST_PIECE = 1 << 28, 1 << 20  # of page-locked memory
 DTYPES = {

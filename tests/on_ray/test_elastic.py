@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 HERE = Path(__file__).resolve().parent
 STEP_S = 0.15
 ROWS = 8
-NOTICE_S = 10.0
+NOTICE_S = 20.0
 PATIENCE_S = 240.0
 
 
