@@ -21,6 +21,7 @@ import tiktoken
 
 from raychat.errors import ConfigError, DataError
 from raychat.progress import Progress
+from raychat.storage import Store
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -108,16 +109,8 @@ class Tokenizer:
         directory.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         try:
-            lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(self._ranks))
-            _write(staging / RANKS_FILE, b"".join(lines))
-            meta = {
-                "format": FORMAT,
-                "pattern": self._pattern,
-                "special_tokens": self.special_tokens,
-                "vocab_size": self.vocab_size,
-                "sha256": self.sha256,
-            }
-            _write(staging / META_FILE, (json.dumps(meta, indent=2) + "\n").encode())
+            for name, content in self._files().items():
+                _write(staging / name, content)
             staging.chmod(0o755)  # mkdtemp keeps others out; a shared base directory is read by all
             staging.replace(directory)
         except OSError:
@@ -125,6 +118,29 @@ class Tokenizer:
                 raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+    def put(self, folder: Store) -> None:
+        """Write both files to a folder or bucket, in the place of another tokenizer there.
+
+        Raises:
+            OSError: when the disk or the network fails; what is there then does not load, or is as it was.
+        """
+        if digest_in(folder) == self.sha256:
+            return
+        for name, content in self._files().items():
+            folder.write_bytes(name, content)
+
+    def _files(self) -> dict[str, bytes]:
+        """Content by name; the file that names the digest comes last."""
+        lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(self._ranks))
+        meta = {
+            "format": FORMAT,
+            "pattern": self._pattern,
+            "special_tokens": self.special_tokens,
+            "vocab_size": self.vocab_size,
+            "sha256": self.sha256,
+        }
+        return {RANKS_FILE: b"".join(lines), META_FILE: (json.dumps(meta, indent=2) + "\n").encode()}
 
     def _stands_in(self, directory: Path) -> bool:
         if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
@@ -137,19 +153,20 @@ class Tokenizer:
         return True
 
     @classmethod
-    def load(cls, directory: Path | str) -> "Tokenizer":
-        """The tokenizer that `save` wrote to `directory`.
+    def load(cls, place: Store | Path | str) -> "Tokenizer":
+        """The tokenizer that `save` or `put` wrote to a folder, or to the folder of a bucket.
 
         Raises:
             DataError: there is none, its format is unknown, or its files are damaged.
         """
-        directory = Path(directory)
+        directory = Store.of(place)
         try:
-            meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
-            content = (directory / RANKS_FILE).read_bytes()
-        except (FileNotFoundError, NotADirectoryError) as error:
+            meta = json.loads(directory.read_bytes(META_FILE))
+            content = directory.read_bytes(RANKS_FILE)
+        except (FileNotFoundError, NotADirectoryError):
+            missing = META_FILE if directory.size(META_FILE) is None else RANKS_FILE
             raise DataError(
-                f"there is no tokenizer in {directory} ({Path(error.filename).name} is missing). "
+                f"there is no tokenizer in {directory} ({missing} is missing). "
                 "Train one with jobs/train_tokenizer.py, or give the directory of one that exists."
             ) from None
         except (OSError, ValueError) as error:
@@ -243,7 +260,15 @@ def _parse_ranks(content: bytes) -> list[bytes]:
     return ranks
 
 
-def _damaged(directory: Path, what: str) -> DataError:
+def digest_in(folder: Store) -> str | None:
+    """Digest that the tokenizer in `folder` says it has; None where there is none that can be read."""
+    try:
+        return json.loads(folder.read_bytes(META_FILE)).get("sha256")
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return None
+
+
+def _damaged(directory: Store, what: str) -> DataError:
     return DataError(
         f"the tokenizer in {directory} cannot be used: {what}. Copy it again from where it is whole, or remove the "
         "directory and train it anew."

@@ -26,6 +26,9 @@ from raychat.training.loop import Trainer
 from raychat.training.state import Clock, LoopState, Signal, Surroundings
 from raychat.training.world import World
 
+TOKENIZER_FOLDER = "tokenizer"
+"""in the run's directory"""
+
 
 def train(
     job: Job, *, world: World, batches: BatchSource, sink: Sink, poll: Callable[[], Signal] = lambda: Signal.NONE
@@ -70,7 +73,9 @@ def train(
         )
         return leave_out(batches(plan), skipped, rows_per_batch=rows)
 
+    tokenizer = Tokenizer.load(Path(job.tokenizer_dir))
     if world.rank == 0:
+        _keep_tokenizer(tokenizer, Store.of(config.run_uri).child(TOKENIZER_FOLDER), sink)
         sink(Note("resolved", dataclasses.asdict(resolved)))
         for line in describe(config, run, resolved, manifest, world, state):
             sink(Line(line))
@@ -79,7 +84,7 @@ def train(
         run,
         model=model,
         optimizer=optimizer,
-        tokenizer=Tokenizer.load(Path(job.tokenizer_dir)),
+        tokenizer=tokenizer,
         resolved=resolved,
         world=world,
         surroundings=_surroundings(
@@ -125,6 +130,7 @@ def _surroundings(
         meta={
             "config": config.public(),
             "fingerprint": manifest.fingerprint,
+            "tokenizer_sha256": manifest.spec.tokenizer_sha256,
             "lanes": lanes,
             "seed": config.run.seed,
             "attempt": job.attempt,
@@ -144,6 +150,14 @@ def _fence(job: Job, store: Store, world: World, sink: Sink) -> Fence:
         except OSError as error:  # it keeps earlier attempts out, and is no reason to end this one
             sink(Line(f"warning: {store.uri} does not take the number of this attempt: {error}"))
     return fence
+
+
+def _keep_tokenizer(tokenizer: Tokenizer, folder: Store, sink: Sink) -> None:
+    """A copy in the run's directory: with it, what reads the run's checkpoints needs nothing else."""
+    try:
+        tokenizer.put(folder)
+    except OSError as error:  # it is found by its digest too, and no reason to end the run
+        sink(Line(f"warning: {folder.uri} does not take a copy of the tokenizer: {error}"))
 
 
 def gpt_config(config: Config) -> GPTConfig:
@@ -206,8 +220,6 @@ def describe(
         )
     if resolved.device_type == "mps":
         lines.append("warning: training on mps is untested")
-    if config.eval.core_metric_every > 0:
-        lines.append("note: CORE is not evaluated by this version; core_metric stays null (--core-metric-every -1)")
     if state.step:
         lines.append(f"resuming at step {state.step:,}, {state.rows_consumed:,} rows consumed")
     return lines
