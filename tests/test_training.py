@@ -277,9 +277,9 @@ def test_gradient_that_is_no_number_stops_before_the_update(config, monkeypatch)
 def test_failed_periodic_save_warns_and_training_goes_on(whole, config, monkeypatch):
     begin = Saver.begin
 
-    def full_disk(self, model, optimizer, meta):
+    def full_disk(self, model, optimizer, meta, **how):
         monkeypatch.setattr(type(self.root), "free_bytes", lambda store: 10 if meta["step"] == 2 else 10**12)
-        begin(self, model, optimizer, meta)
+        begin(self, model, optimizer, meta, **how)
 
     monkeypatch.setattr(Saver, "begin", full_disk)
     ran = run_here(config(save_every=2))
@@ -297,7 +297,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(saving, "INSIST_S", 0.1)
 
 
-def broken_begin(self, model, optimizer, meta):
+def broken_begin(self, model, optimizer, meta, **how):
     """A save that fails at once, as on a storage that is out of reach."""
     outcome = {"step": meta["step"], "uri": None, "error": "out of reach", "fenced": False, "state": meta["state"]}
     self._outcomes.append(SaveOutcome(**outcome, stall_s=0.0, total_s=0.0, bytes=0))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Record = Mapping[str, Any]
+EVALUATION_TIMES = ("val/time_s", "time/core")  # metrics: seconds that training waited for an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +240,7 @@ class Book:
     def _metrics(self, record: Record) -> None:
         if self.attempt is None:
             return
-        self.attempt.evaluation += record.get("val/time_s") or 0.0
+        self.attempt.evaluation += sum(record.get(name) or 0.0 for name in EVALUATION_TIMES)
         clock, dt, step = record.get("time/productive"), record.get("train/dt"), record["step"]
         if clock is None and dt is not None:  # written before there was a clock: unseen steps took as long as this one
             clock = self.productive + dt * max(1, step + 1 - self.attempt.next_step)

@@ -118,7 +118,8 @@ def _ended(run_dir: Path, *, live: bool) -> dict[str, Any] | None:
 
 def _from_journal(run_dir: Path) -> dict[str, Any]:
     latest: dict[str, Any] = {}
-    for record in read_journal(run_dir / JOURNAL):
+    # In order of step: what other workers evaluate comes late.
+    for record in sorted(read_journal(run_dir / JOURNAL), key=lambda record: record["step"]):
         latest |= {key: value for key, value in record.items() if value is not None}
     planned = (_number(_object(run_dir / name), "num_iterations") for name in ("plan.json", "config.json"))
     return {

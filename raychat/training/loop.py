@@ -1,6 +1,5 @@
 """The training loop: batches come in, events go out, orders come in. Every rank runs it and takes the same branches."""
 
-import math
 import socket
 import time
 from collections.abc import Generator, Iterator
@@ -12,8 +11,6 @@ import torch
 from raychat.config import Config
 from raychat.data.batches import Batch
 from raychat.data.tokenizer import Tokenizer
-from raychat.evaluation.bpb import BitsPerByte
-from raychat.evaluation.samples import DEFAULT_PROMPTS, samples
 from raychat.model import GPT
 from raychat.optim import MuonAdamW
 from raychat.optim.schedule import lr_multiplier, muon_momentum, weight_decay_at
@@ -21,7 +18,9 @@ from raychat.planning import Recipe, warmup_steps
 from raychat.planning.devices import mfu_percent
 from raychat.training.bad_steps import MAX_ROLLBACKS, BadStep, BadSteps, DivergedError, load_newest
 from raychat.training.device import Resolved, peak_memory_bytes
+from raychat.training.evaluating import Evaluations
 from raychat.training.events import Ended
+from raychat.training.examiner import CoreTasks, Examiner, Validation
 from raychat.training.memory import MemoryGauge, explained, is_out_of_memory, out_of_memory
 from raychat.training.reporting import UNTIMED_STEPS, Reporter, StepTimes
 from raychat.training.saving import Saves
@@ -62,16 +61,9 @@ class Trainer:
         state: LoopState,
     ) -> None:
         self.config, self.recipe, self.model, self.optimizer = config, recipe, model, optimizer
-        self.tokenizer, self.resolved, self.world, self.around, self.state = (
-            tokenizer,
-            resolved,
-            world,
-            surroundings,
-            state,
-        )
+        self.resolved, self.world, self.around, self.state = resolved, world, surroundings, state
         self.device = next(model.parameters()).device
         self.forward = torch.compile(model, dynamic=False) if resolved.compile else model
-        self.token_bytes = torch.as_tensor(tokenizer.token_bytes, device=self.device)
         self.report = Reporter(config, recipe, surroundings.clock, surroundings.sink, rank=world.rank)
         saved_at = state.step if state.step else None
         self.saves = Saves(config.save, surroundings, model, optimizer, world, self.report, saved_at=saved_at)
@@ -80,6 +72,22 @@ class Trainer:
         self.bad_steps, self.spikes = BadSteps(config.optim.on_bad_step), LossSpikes()
         self.stragglers = Stragglers(world.gather(socket.gethostname())) if world.world_size > 1 else None
         self.memory, self.times, self.first_step = MemoryGauge(self.device), StepTimes(), True
+        self.evaluations = self._evaluations(tokenizer)
+
+    def _evaluations(self, tokenizer: Tokenizer) -> Evaluations:
+        around = self.around
+        core = self.world.broadcast(CoreTasks.of(self.config))  # a folder that appears now is for the next attempt
+        validation = Validation(passes=around.validation, rounds=around.validation_rounds)
+        return Evaluations(
+            self.config.eval,
+            Examiner(self.model, tokenizer, self.world, validation=validation, core=core, echo=self.report.line),
+            self.saves,
+            self.report,
+            with_core=core is not None,
+            val_tokens=around.meta["val_tokens"],
+            ask=self._ask,
+            serve=self._serve,
+        )
 
     def fit(self) -> bool:
         """Train on. True when the horizon is reached and evaluated, False when the loop was told to stop before."""
@@ -96,25 +104,26 @@ class Trainer:
         while True:
             last = self.state.step == self.recipe.num_iterations
             if asked is not Signal.STOP:
-                asked = max(asked, self._evaluate_if_due(last))
+                self.state, waiting = self.evaluations.make(self.state, last)
+                asked = max(asked, waiting)
             if last or asked is Signal.STOP:
                 if self.state.step:
                     self.saves.now(self.state, must=True)
-                finished = last and not self._evaluation_due(last)
+                finished = last and self.evaluations.finished(self.state)
                 peak = max(self.world.gather(peak_memory_bytes(self.device)))
                 self.report.send(Ended(finished, asdict(self.state), peak))
                 return finished
-            waiting = self._serve(asked)
+            waiting = self._serve(asked, self.state)
             if save_due or self.saves.due_at(self.state.step):
                 self.saves.periodic(self.state)
             asked, save_due = self._train_step()
             asked = max(waiting, asked)
 
-    def _serve(self, asked: Signal) -> Signal:
-        """Save now where that is asked; what has to wait because nothing has been trained yet."""
-        if asked is Signal.NONE or self.state.step == 0:
+    def _serve(self, asked: Signal, state: LoopState) -> Signal:
+        """Save `state` now where that is asked; what has to wait because nothing has been trained yet."""
+        if asked is Signal.NONE or state.step == 0:
             return asked
-        self.saves.now(self.state, must=False)
+        self.saves.now(state, must=False)
         return Signal.NONE
 
     def _train_step(self) -> tuple[Signal, bool]:
@@ -306,6 +315,7 @@ class Trainer:
         self.state = replace(
             state,
             step=state.step + 1,
+            owed=(),
             rows_consumed=batch.rows_consumed,
             epoch=batch.epoch,
             smooth_loss=SMOOTHING * state.smooth_loss + (1 - SMOOTHING) * shown,
@@ -330,57 +340,3 @@ class Trainer:
             self.report.step(
                 self.state, loss=loss, lrm=lrm, grad_norm=grad_norm, dt=dt, spread=spread, mean_s=self.times.mean_s()
             )
-
-    def _evaluate_if_due(self, last: bool) -> Signal:
-        """Evaluate and sample where it is time; what was asked meanwhile and is not served yet."""
-        asked = Signal.NONE
-        if self._evaluation_due(last):
-            asked = self._evaluate()
-        if asked is not Signal.STOP and self._due(self.config.eval.sample_every, last) and self.state.step > 0:
-            self._sample()
-        return asked
-
-    def _evaluation_due(self, last: bool) -> bool:
-        return self._due(self.config.eval.eval_every, last) and self.state.val_step != self.state.step
-
-    def _evaluate(self) -> Signal:
-        """Evaluate, unless told to stop meanwhile; what was asked and is not served yet."""
-        start, passes, waiting = time.perf_counter(), self.around.validation(), Signal.NONE
-        meter = BitsPerByte(self.model, self.token_bytes, self.device)
-        # In chunks: the full float32 logits of a batch that fits in training would not fit here, uncompiled.
-        loss_impl, self.model.loss_impl = self.model.loss_impl, "chunked"
-        try:
-            for _ in range(self.around.validation_rounds):  # a rank that has no rows left is still asked
-                if (rows := next(passes, None)) is not None:
-                    with explained("the evaluation", self.device):
-                        meter.add(self._to_device(rows))
-                if (asked := self._ask()) is Signal.STOP:
-                    return asked
-                waiting = max(waiting, self._serve(asked))
-        finally:
-            self.model.loss_impl = loss_impl
-        self._evaluated(meter.total(), time.perf_counter() - start)
-        return waiting
-
-    def _evaluated(self, bpb: float, seconds: float) -> None:
-        """Take in an evaluation; one that is no number, which JSON has no word for, leaves no value behind."""
-        step, lowest = self.state.step, self.state.min_val_bpb
-        if math.isfinite(bpb):
-            self.state = replace(self.state, val_bpb=bpb, val_step=step)
-            if lowest is None or bpb < lowest:
-                self.state = replace(self.state, min_val_bpb=bpb, min_val_step=step)
-                self.saves.best(step)
-        else:
-            self.state = replace(self.state, val_bpb=None, val_step=step)
-            self.report.note("bad_evaluation", step=step, value=str(bpb))
-        self.report.evaluation(self.state, bpb, tokens=self.around.meta["val_tokens"], seconds=seconds)
-
-    def _sample(self) -> None:
-        if self.world.rank == 0:  # the others wait in their next collective
-            step = self.state.step
-            for prompt, text in zip(DEFAULT_PROMPTS, samples(self.model, self.tokenizer), strict=True):
-                self.report.line(f"step {step:05d} | sample: {text!r}")
-                self.report.note("sample", step=step, prompt=prompt, text=text)
-
-    def _due(self, every: int, last: bool) -> bool:
-        return every > 0 and (last or self.state.step % every == 0)

@@ -49,8 +49,7 @@ def summarize(
         num_iterations=recipe.num_iterations,
         rows_consumed=state.get("rows_consumed"),
         tokens=tokens,
-        val_bpb=state.get("val_bpb"),
-        min_val_bpb=state.get("min_val_bpb"),
+        **evaluated(state, records),
         train_loss=state.get("train_loss"),
         total_training_time_s=state.get("total_training_time_s"),
         wall_time_s=ledger.wall_s,
@@ -75,6 +74,29 @@ def summarize(
     )
 
 
+def evaluated(state: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Evaluations of the run up to the step of `state`: what that says, or the journal when it knows of later ones.
+
+    Those that other workers make of a checkpoint are only in the journal.
+    """
+    step, found = state.get("step", -1), dict[str, float | None]()
+    records = list(records)
+    for name, metric, at in (("val_bpb", "val/bpb", "val_step"), ("core_metric", "core_metric", "core_step")):
+        points = [(state[at], state.get(name))] if state.get(at) is not None else []
+        points += [point for point in points_of(records, metric) if point[0] <= step]
+        found[name] = max(points, key=lambda point: point[0])[1] if points else None
+    known = [value for at, value in points_of(records, "val/bpb") if at <= step and value is not None]
+    lowest = state.get("min_val_bpb")
+    found["min_val_bpb"] = min([*known, *([] if lowest is None else [lowest])], default=None)
+    return found
+
+
+def points_of(records: Iterable[Mapping[str, Any]], metric: str) -> list[tuple[int, float | None]]:
+    """(step, value) of `metric` in order of step; None where it was no number."""
+    points = [(record["step"], record[metric]) for record in records if is_metrics(record) and metric in record]
+    return sorted(points, key=lambda point: point[0])
+
+
 def ledger_metrics(ledger: Ledger) -> dict[str, float]:
     """The ledger as metrics."""
     known = {"goodput": ledger.goodput, "cost_usd": ledger.cost_usd, "node_s": ledger.node_s, **ledger.accounts()}
@@ -83,10 +105,12 @@ def ledger_metrics(ledger: Ledger) -> dict[str, float]:
 
 def closing_lines(summary: Summary, run_dir: Path, records: Iterable[Mapping[str, Any]]) -> list[str]:
     """How the run ended, for the console; the first line alone says the most important."""
-    bpb = [record["val/bpb"] for record in records if is_metrics(record) and record.get("val/bpb") is not None]
+    bpb = [value for _, value in points_of(records, "val/bpb") if value is not None]
     facts = [f"step {summary.step or 0:,} of {summary.num_iterations or 0:,}"]
     if bpb:
         facts.append(f"val bpb {bpb[0]:.4f} -> {bpb[-1]:.4f}")
+    if summary.core_metric is not None:
+        facts.append(f"CORE {summary.core_metric:.4f}")
     if summary.tokens:
         facts.append(f"{summary.tokens:,} tokens")
     if summary.tok_per_sec:

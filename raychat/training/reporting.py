@@ -2,11 +2,15 @@
 
 import math
 import time
+from typing import TYPE_CHECKING
 
 from raychat.config import Config
 from raychat.planning import Recipe
 from raychat.training.events import Event, Line, Metrics, Note, Sink
 from raychat.training.state import Clock, LoopState
+
+if TYPE_CHECKING:
+    from raychat.evaluation.core import CoreResult
 
 UNTIMED_STEPS = 10  # first steps of a process, which warm caches up, are left out of the training time
 
@@ -94,13 +98,42 @@ class Reporter:
     def evaluation(self, state: LoopState, bpb: float, *, tokens: int, seconds: float) -> None:
         """Metrics and line of an evaluation that gave `bpb`; `state` is the one after it."""
         self.send(Metrics(state.step, {"val/bpb": bpb, "val/time_s": seconds}, time.time()))
-        lowest = "" if state.min_val_bpb is None else f" (lowest {state.min_val_bpb:.6f})"
-        warning = "" if math.isfinite(bpb) else "warning: "
-        self.line(
-            f"{warning}step {state.step:05d} | validation bpb: {bpb:.6f}{lowest} on {tokens:,} tokens in {seconds:.1f}s"
-        )
+        self.line(bpb_line(state.step, bpb, state.min_val_bpb, tokens=tokens, seconds=seconds))
+
+    def core(self, step: int, result: "CoreResult", *, seconds: float) -> None:
+        """Metrics and line of an evaluation of CORE."""
+        self.send(Metrics(step, core_metrics(result) | {"time/core": seconds}, time.time()))
+        self.line(core_line(step, result, seconds=seconds))
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """What the model made of a prompt."""
+        self.line(f"step {step:05d} | sample: {text!r}")
+        self.note("sample", step=step, prompt=prompt, text=text)
 
     def evaluation_again(self, state: LoopState) -> None:
         """The evaluation before the save that `state` comes from: a journal that went back to there has lost it."""
+        values = {}
         if state.val_step == state.step and state.val_bpb is not None:
-            self.send(Metrics(state.step, {"val/bpb": state.val_bpb}, time.time()))
+            values["val/bpb"] = state.val_bpb
+        if state.core_step == state.step and state.core_metric is not None:
+            values["core_metric"] = state.core_metric
+        if values:
+            self.send(Metrics(state.step, values, time.time()))
+
+
+def bpb_line(step: int, bpb: float, lowest: float | None, *, tokens: int, seconds: float) -> str:
+    """The line of an evaluation of bits per byte; `lowest` is that of the run so far."""
+    known = "" if lowest is None else f" (lowest {lowest:.6f})"
+    warning = "" if math.isfinite(bpb) else "warning: "
+    return f"{warning}step {step:05d} | validation bpb: {bpb:.6f}{known} on {tokens:,} tokens in {seconds:.1f}s"
+
+
+def core_metrics(result: "CoreResult") -> dict[str, float]:
+    """CORE, and the centred accuracy of each task."""
+    return {"core_metric": result.core_metric} | {f"core/{name}": task.centered for name, task in result.tasks.items()}
+
+
+def core_line(step: int, result: "CoreResult", *, seconds: float) -> str:
+    """The line of an evaluation of CORE."""
+    items = sum(len(task.items) for task in result.tasks.values())
+    return f"step {step:05d} | CORE: {result.core_metric:.4f} on {items:,} items of {len(result.tasks)} tasks in {seconds:.1f}s"

@@ -21,10 +21,11 @@ from raychat.planning import make_plan, model_shape, param_counts, recipe
 from raychat.storage import Store
 from raychat.tracking.figures import loss_curve
 from raychat.tracking.journal import Journal, read_journal
-from raychat.tracking.ledger import Book, Ledger
+from raychat.tracking.ledger import EVALUATION_TIMES, Book, Ledger
 from raychat.tracking.summary import Status, Summary
 from raychat.training import checkpoint, outcome
 from raychat.training.events import Ended, Event, Failed, Line, Metrics, Note, Saved
+from raychat.training.examiner import CoreTasks, check_core
 from raychat.training.fresh import set_aside
 from raychat.training.hooks import hook_variables, run_hook
 from raychat.training.job import Job
@@ -70,6 +71,9 @@ class Session:
             self.start = find_start(config, self.checkpoints, echo=self.echo)
             self.changed = check_start(config, data, self.start, echo=self.echo)
             self.journal = Journal(self.run_dir / "metrics.jsonl", driver=self.lease.holder, reader=self._take_in)
+            self.core = CoreTasks.of(config)
+            if not self.done:
+                check_core(config, self.core, self.echo)
             self.mirror.start()
         except BaseException:
             self.lease.release()
@@ -92,7 +96,11 @@ class Session:
         if self.start is None or self.start.step < self.recipe.num_iterations:
             return False
         # One that was told to stop in its last evaluation still owes it.
-        return self.config.eval.eval_every == -1 or self.state.get("val_step") == self.start.step
+        last, state, journal = self.start.step, self.start.meta["state"], self.journal
+        settings = self.config.eval
+        bpb = settings.eval_every == -1 or last in (state.get("val_step"), journal.last_step("val/bpb"))
+        core = self.core is None or last in (state.get("core_step"), journal.last_step("core_metric"))
+        return bpb and core
 
     def done_line(self) -> str:
         """What to tell a user whose run has nothing left to do."""
@@ -193,8 +201,9 @@ class Session:
             self._steps_done = event.step + 1
         self._step_time_s = event.values.get("time/productive", self._step_time_s)
         news = self.journal.log(event.step, event.values, event.time_s)
-        if not news and "val/time_s" in event.values:  # in a replay, whose metrics a journal does not repeat
-            self.journal.event("evaluated_again", step=event.step, time_s=event.values["val/time_s"])
+        evaluated_s = sum(event.values.get(name, 0.0) for name in EVALUATION_TIMES)
+        if not news and evaluated_s:  # in a replay, whose metrics a journal does not repeat
+            self.journal.event("evaluated_again", step=event.step, time_s=evaluated_s)
 
     def _receive_note(self, note: Note) -> None:
         fields: dict[str, Any] = {

@@ -28,7 +28,8 @@ class LoopState:
     """Where a run is: all that the loop needs to go on as if nothing had happened, besides weights and moments.
 
     `rows_consumed` and `skipped` are the whole state of the data: the rows taken or passed over so far, and the cursors
-    of global batches that are left out. Nothing random happens in a step, so there is no generator to keep.
+    of global batches that are left out. Nothing random happens in a step, so there is no generator to keep. `owed` are the
+    evaluations of this step that other workers are to make of its checkpoint.
     """
 
     step: int = 0
@@ -40,6 +41,8 @@ class LoopState:
     val_step: int | None = None
     min_val_bpb: float | None = None
     min_val_step: int | None = None
+    core_metric: float | None = None
+    core_step: int | None = None
     total_training_time_s: float = 0.0
     step_time_s: float = 0.0
     tok_per_sec: float | None = None
@@ -47,11 +50,14 @@ class LoopState:
     loss_scale: float | None = None
     loss_scale_good_steps: int = 0
     skipped: tuple[int, ...] = ()
+    owed: tuple[str, ...] = ()
 
     @staticmethod
     def restore(values: dict[str, Any]) -> "LoopState":
         """The state that a checkpoint holds as JSON."""
-        return LoopState(**values | {"skipped": tuple(values.get("skipped", ()))})
+        return LoopState(
+            **values | {"skipped": tuple(values.get("skipped", ())), "owed": tuple(values.get("owed", ()))}
+        )
 
     def smoothed_loss(self) -> float:
         """The moving average of the loss, free of its start at zero."""
