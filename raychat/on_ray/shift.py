@@ -9,15 +9,30 @@ from raychat.on_ray.sizing import Patience
 from raychat.training.job import Job
 
 TELL_S = 30.0  # between two lines while waiting
+SPARE_S = 10.0  # left over before a machine goes: clouds do not keep to the second
 
 
 @dataclass
 class Notice:
-    """A machine that is about to be taken away at `deadline_s`, Unix time."""
+    """A machine that is about to be taken away at `deadline_s`, and the save for it, which is due at `save_at_s`.
+
+    Times are Unix times.
+    """
 
     name: str
     deadline_s: float
+    save_at_s: float
+    asked: bool = False
     saved: bool = False
+
+
+def save_at_s(deadline_s: float, *, save_s: float | None, step_s: float) -> float:
+    """When to ask for the save before a deadline: late, because what is trained after it is lost, and with time to spare.
+
+    A save that took `save_s` seconds may take three times as long now, and is heard at the end of a step of `step_s`.
+    Where it is not known how long a save takes, at once: 0.
+    """
+    return 0.0 if save_s is None else deadline_s - 3 * save_s - 2 * step_s - SPARE_S
 
 
 @dataclass

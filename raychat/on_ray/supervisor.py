@@ -17,12 +17,12 @@ from raychat.on_ray.cluster import Cluster
 from raychat.on_ray.crew import Crew, remove_placement_groups
 from raychat.on_ray.inbox import ControllerState, ControllerUp, Hello, Message, Post, Rank
 from raychat.on_ray.nodes import NodeWatch, kill_process
-from raychat.on_ray.shift import TELL_S, Notice, Shift
+from raychat.on_ray.shift import TELL_S, Notice, Shift, save_at_s
 from raychat.on_ray.sizing import Patience, Room, uses_gpus, worker_range
 from raychat.on_ray.watchers import Watchers
 from raychat.progress import format_duration
 from raychat.storage import Store
-from raychat.training.events import Note, Saved
+from raychat.training.events import Metrics, Note, Saved
 from raychat.training.job import Job
 from raychat.training.retry import Cause
 from raychat.training.session import Session
@@ -67,6 +67,7 @@ class Supervisor:
         self.room = Room(self.watch, self.use_gpu, most=self.most, fewest=self.fewest)
         self.own_node = ray.get_runtime_context().get_node_id()
         self.last_save_s: float | None = None
+        self.step_s = 0.0
         self._looked_at = 0.0
         self._ended: list[Any] = []  # controllers of the crews before
         self._watchers = Watchers(local=cluster.started_here)
@@ -244,6 +245,8 @@ class Supervisor:
                     self._saved(message, shift)
                 if isinstance(message, Note):
                     self._noted(message, shift)
+                if isinstance(message, Metrics):
+                    self.step_s = message.values.get("train/dt", self.step_s)
                 self.session.receive(message)
         return False
 
@@ -284,7 +287,7 @@ class Supervisor:
             return
         for notice in shift.notices.values():
             left = notice.deadline_s - time.time()
-            if not notice.saved:
+            if notice.asked and not notice.saved:
                 notice.saved = True
                 when = f"{left:.0f}s before" if left >= 0 else f"{-left:.0f}s after"
                 self.echo(f"saved step {saved.step:,} {when} {notice.name} goes; training goes on until then")
@@ -337,22 +340,33 @@ class Supervisor:
             if not self.watch.is_alive(node_id):
                 self._failed(shift, "lost", f"{shift.name(node_id)} is gone")
                 return True
+        self._save_for_notices(shift)
         self._grow(shift)
         return False
 
     def _heed(self, node_id: str, deadline_s: float, shift: Shift) -> None:
-        """A machine is about to go: save once, and ask for another one."""
+        """A machine is about to go: plan the save, and ask for another machine."""
         name, left, last = shift.name(node_id), deadline_s - time.time(), self.last_save_s
-        shift.notices[node_id] = Notice(name, deadline_s)
+        at = save_at_s(deadline_s, save_s=last, step_s=self.step_s)
+        shift.notices[node_id] = Notice(name, deadline_s, at)
         if last is None:
             fits = "how long a save takes is not known yet"
         else:
             fits = f"a save takes {last:.1f}s, which {'fits' if last < left else 'may not fit'}"
-        self.echo(f"notice: {name} is taken away in {left:.0f}s: saving ({fits})")
+        wait = at - time.time()
+        when = f"saving in {wait:.0f}s" if wait >= 1 else "saving"
+        self.echo(f"notice: {name} is taken away in {left:.0f}s: {when} ({fits})")
         self.session.journal.event("notice", host=name, node_id=node_id, seconds=left, fits=fits)
-        shift.crew.inbox.ask_to_save.remote()
         leaving = sum(rank.node_id in shift.notices for rank in shift.ranks)
         self.room.ask_more(self.most - shift.crew.workers + leaving, away_from=shift.homes)
+
+    def _save_for_notices(self, shift: Shift) -> None:
+        """Ask for the saves that are due: one for all machines that go at the same time."""
+        due = [notice for notice in shift.notices.values() if not notice.asked and time.time() >= notice.save_at_s]
+        if due and shift.training:  # before its first step there is nothing that is not saved already
+            for notice in due:
+                notice.asked = True
+            shift.crew.inbox.ask_to_save.remote()
 
     def _grow(self, shift: Shift) -> None:
         """Interrupt the run for more workers once there is lasting room for them; it saves before."""
