@@ -3,12 +3,9 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from raychat.model import GPT
 from raychat.model.fp8 import high_precision
-from raychat.model.gpt import ROTARY_REACH
+from raychat.model.generation import LIKELIEST, Sampling, continuations, generate
 
 DEFAULT_PROMPTS = (
     "The largest city of Japan is",
@@ -38,58 +35,22 @@ class Codec(Protocol):
         ...
 
 
-@torch.no_grad()
-def generate(
-    model: GPT,
-    prompt_ids: Sequence[int],
-    max_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> list[int]:
-    """`max_tokens` token ids that follow `prompt_ids` (at least one), without the prompt.
-
-    Temperature 0 takes the likeliest token. `top_k` draws from the k likeliest only. Draws come from a CPU generator,
-    so that a seed means the same on every device. Each token costs a forward pass over the whole context, of which
-    the model sees the last 10 * sequence_len positions.
-    """
-    if not prompt_ids:
-        raise ValueError("generate needs at least one token to start from, for instance bos")
-    device = model.lm_head.weight.device
-    reach = ROTARY_REACH * model.config.sequence_len
-    generator = torch.Generator().manual_seed(seed)
-    ids = list(prompt_ids)
-    with high_precision(model):
-        for _ in range(max_tokens):
-            context = torch.tensor([ids[-reach:]], device=device)
-            logits = model(context)[0, -1].cpu()  # (V,)
-            ids.append(_draw(logits, temperature, top_k, generator))
-    return ids[len(prompt_ids) :]
-
-
 def samples(
     model: GPT,
     tokenizer: Codec,
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     max_tokens: int = 16,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    seed: int = 0,
+    sampling: Sampling = LIKELIEST,
 ) -> list[str]:
-    """Each prompt with its continuation, which ends early where the model begins a new document."""
-    texts = []
-    for prompt in prompts:
-        start = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        new = generate(model, start, max_tokens, temperature, top_k, seed)
-        if tokenizer.bos_id in new:
-            new = new[: new.index(tokenizer.bos_id)]
-        texts.append(tokenizer.decode(start[1:] + new))
-    return texts
+    """Each prompt with its continuation, which ends early where the model begins a new document.
 
-
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    if top_k is not None and top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+    Never in fp8. Of a prompt that is too long for the model, the model sees the end.
+    """
+    reach = model.cos.size(0)
+    max_tokens = min(max_tokens, reach - 1)
+    encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    seen = [ids[-(reach - max_tokens) :] for ids in encoded]
+    with high_precision(model):
+        steps = generate(model, seen, max_tokens, sampling, stop={tokenizer.bos_id})
+        new = continuations(steps, len(prompts))
+    return [tokenizer.decode(ids[1:] + more) for ids, more in zip(encoded, new, strict=True)]
