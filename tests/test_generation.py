@@ -228,6 +228,7 @@ def test_settings_that_cannot_be_are_refused(wrong, message):
         ([-1], 1, "no token"),
         ([1], 0, "1 or more"),
         ([1] * 300, 21, "Use max_tokens up to 20,"),
+        ([1] * 320, 1, "no room .* 320 positions"),
     ],
 )
 def test_requests_that_cannot_be_are_refused_at_once(prompt, max_tokens, message):

@@ -78,7 +78,7 @@ class Generator:
     def __init__(self, model: GPT, *, never: Collection[int] = ()) -> None:
         """Generates with `model`. Tokens in `never` are not drawn, whatever the model thinks of them."""
         self._model = model
-        self._never = sorted(never)
+        self._never = [token for token in never if token < model.config.vocab_size]
         self._rows: list[_Row] = []  # in the order of the cache's rows
         self._waiting: list[_Row] = []
         self._cache = KVCache(model, 0)
@@ -110,10 +110,15 @@ class Generator:
             raise ConfigError(f"The prompt holds {strange[0]}, which is no token: the model knows 0 to {vocab - 1:,}.")
         if max_tokens < 1:
             raise ConfigError(f"max_tokens={max_tokens} asks for nothing: use 1 or more.")
+        if len(prompt) >= room:
+            raise ConfigError(
+                f"A prompt of {len(prompt):,} tokens leaves no room for a text in the {room:,} positions of the model. "
+                "Use a shorter prompt."
+            )
         if len(prompt) + max_tokens > room:
             raise ConfigError(
                 f"A prompt of {len(prompt):,} tokens and max_tokens={max_tokens:,} do not fit the {room:,} positions "
-                f"of the model. Use max_tokens up to {max(room - len(prompt), 0):,}, or a shorter prompt."
+                f"of the model. Use max_tokens up to {room - len(prompt):,}, or a shorter prompt."
             )
         row = _Row(self._next, list(prompt), max_tokens, sampling, frozenset(stop), random.Random(sampling.seed))
         self._next += 1
