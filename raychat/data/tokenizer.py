@@ -53,6 +53,8 @@ class Tokenizer:
         vocab_size: ids in use, special tokens included.
         bos_id: the id that every document starts with.
         special_tokens: their ids.
+        ranks: the tokens but the special ones, in the order of their ids.
+        pattern: the split pattern.
         token_bytes: int32 (vocab_size,), UTF-8 bytes that each id stands for; 0 for special tokens.
         sha256: digest of merges, pattern and special tokens: what fingerprints use.
     """
@@ -62,7 +64,7 @@ class Tokenizer:
         self.vocab_size = len(ranks) + len(special_tokens)
         self.token_bytes = np.array([*map(len, ranks), *(0 for _ in special_tokens)], dtype=np.int32)
         self.sha256 = _digest(ranks, pattern, special_tokens)
-        self._ranks, self._pattern = ranks, pattern
+        self.ranks, self.pattern = ranks, pattern
         self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         self._encoding = tiktoken.Encoding(
             name="raychat",
@@ -132,10 +134,10 @@ class Tokenizer:
 
     def _files(self) -> dict[str, bytes]:
         """Content by name; the file that names the digest comes last."""
-        lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(self._ranks))
+        lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(self.ranks))
         meta = {
             "format": FORMAT,
-            "pattern": self._pattern,
+            "pattern": self.pattern,
             "special_tokens": self.special_tokens,
             "vocab_size": self.vocab_size,
             "sha256": self.sha256,

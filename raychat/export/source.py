@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from raychat.config import Config
 from raychat.data.tokenizer import Tokenizer
+from raychat.data.unpickle import open_tokenizer
 from raychat.errors import CheckpointError, ConfigError
 from raychat.export.run_tokenizer import find_tokenizer
 from raychat.model import GPT, GPTConfig
@@ -20,6 +21,7 @@ from raychat.storage import Store
 from raychat.training import checkpoint
 from raychat.training.build import gpt_config
 from raychat.training.device import DTYPES, resolve
+from raychat.training.exported import Exported, open_export
 from raychat.uris import public_uri
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class Source:
     @property
     def gpt_config(self) -> GPTConfig:
         """Shapes of the model."""
+        if self.kind == "export":
+            return self._exported().shapes
         return gpt_config(Config.from_flat(self.meta["config"]))
 
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> Loaded:
@@ -73,8 +77,14 @@ class Source:
         model.to_empty(device=device)
         model.attention_backend = choose_backend(device, dtype)[0]
         with _as_checkpoint_error(self.place):
-            checkpoint.trusted(self.address).load(model)
-        return Loaded(model.eval(), Tokenizer.load(self.tokenizer_address))
+            (self._exported() if self.kind == "export" else checkpoint.trusted(self.address)).load(model)
+        return Loaded(model.eval(), open_tokenizer(Store.of(self.tokenizer_address)))
+
+    def _exported(self) -> Exported:
+        found = open_export(self.address, -1 if self.step is None else self.step)
+        if found is None:
+            raise CheckpointError(f"{self.place} is gone: there is no exported directory any more.")
+        return found
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         resolved = self.meta.get("resolved") or {}
@@ -137,6 +147,8 @@ def _at(place: Store, asked: _Asked) -> Source:
         return _from_checkpoint(found, _parent(folder) if _name(folder) == "checkpoints" else None, asked)
     if "checkpoints" in names:
         return _in_run(place, asked)
+    if exported := open_export(place, asked.step):
+        return _from_export(exported, asked)
     raise ConfigError(
         f"{place} "
         + ("is neither a checkpoint, nor a run directory, nor an exported directory" if names else "is not there")
@@ -172,6 +184,30 @@ def _from_checkpoint(found: checkpoint.Checkpoint, run: Store | None, asked: _As
         meta=found.meta,
         address=found.store.address,
         tokenizer_address=find_tokenizer(run, found.meta, base_dir=asked.base_dir, given=asked.tokenizer),
+    )
+
+
+def _from_export(found: Exported, asked: _Asked) -> Source:
+    found.verify()
+    if asked.step not in (-1, found.step):
+        raise ConfigError(f"--step {asked.step}: {found.store} is of step {found.step}. Leave --step out.")
+    if asked.tokenizer:
+        raise ConfigError(f"--tokenizer {asked.tokenizer}: {found.store} has its own. Leave --tokenizer out.")
+    tokenizer = found.tokenizer()
+    if tokenizer.vocab_size != found.shapes.vocab_size:
+        raise CheckpointError(
+            f"{found.store} has a model of {found.shapes.vocab_size:,} tokens and a tokenizer of "
+            f"{tokenizer.vocab_size:,}: they do not belong together."
+        )
+    return Source(
+        kind="export",
+        place=found.store.uri,
+        name=_name(found.store),
+        step=found.step,
+        run_dir=None,
+        meta=found.facts or found.meta,
+        address=found.store.address,
+        tokenizer_address=found.tokenizer_folder().address,
     )
 
 

@@ -21,6 +21,7 @@ from raychat.training import checkpoint
 from raychat.training.device import Resolved, device_type, resolve
 from raychat.training.events import Line, Note, Sink
 from raychat.training.fence import Fence
+from raychat.training.initial import put_initial
 from raychat.training.job import BatchPlan, BatchSource, Job
 from raychat.training.loop import Trainer
 from raychat.training.state import Clock, LoopState, Signal, Surroundings
@@ -60,6 +61,8 @@ def train(
         state, lanes = LoopState.restore(found.meta["state"]), found.meta["lanes"]
 
     def open_batches(state: LoopState) -> Iterator[Batch]:
+        if config.run.init_from and state.step == 0:  # at the beginning, and after going back to it
+            put_initial(config, model, world)
         cursor, skipped = state.rows_consumed, state.skipped
         plan = BatchPlan(
             tokens_dir=job.tokens_dir,

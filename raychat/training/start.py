@@ -5,12 +5,14 @@ from collections.abc import Callable
 
 from raychat.config import Config
 from raychat.data.prepare import TokenData
+from raychat.data.tokenizer import Tokenizer
 from raychat.errors import CheckpointError, RaychatError
 from raychat.planning import recipe
 from raychat.storage import Store
 from raychat.training import checkpoint
 from raychat.training.changes import check_changes
 from raychat.training.checkpoint import Checkpoint
+from raychat.training.initial import check_initial
 
 
 def find_start(config: Config, root: Store, *, echo: Callable[[str], None]) -> Checkpoint | None:
@@ -40,8 +42,11 @@ def check_start(config: Config, data: TokenData, start: Checkpoint | None, *, ec
 
     Raises:
         CheckpointError: the run cannot go on like this.
+        ConfigError: a run that begins cannot begin with the weights of `--init-from`.
     """
     if start is None:
+        if config.run.init_from:
+            check_initial(config, Tokenizer.load(data.tokenizer_dir), echo=echo)
         return [] if _begun_alike(config, data) else ["what was begun here without a checkpoint"]
     run = config.run
     changed = check_changes(

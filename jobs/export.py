@@ -1,0 +1,77 @@
+"""Export a trained model for other programs.
+
+  python jobs/export.py --format huggingface --output d12-hf            the newest run's newest checkpoint
+  python jobs/export.py --format both --output out --model-tag d12 --step 2000
+  python jobs/export.py --format lineage --output out --path s3://bucket/runs/d12
+
+lineage: model_*.pt, meta_*.json and tokenizer.pkl, as other implementations of the same mathematics load them, with
+safetensors beside. huggingface: a directory that transformers loads with trust_remote_code.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# A checkout where only the dependencies are installed is enough.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from raychat import cli
+
+
+def main(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(argv)
+    from raychat.export.source import find_source  # after the flags: torch takes seconds to load
+    from raychat.export.write import export
+    from raychat.training.device import DTYPES
+
+    source = find_source(
+        path=args.path,
+        model_tag=args.model_tag,
+        step=args.step,
+        base_dir=args.base_dir,
+        storage_path=args.storage_path,
+        tokenizer=args.tokenizer,
+    )
+    print(f"model: {source.place}" + ("" if source.step is None else f" (step {source.step:,})"), flush=True)
+    formats = ("lineage", "huggingface") if args.format == "both" else (args.format,)
+    written = export(source, Path(args.output).absolute(), formats, dtype=DTYPES[args.dtype], echo=_echo)
+    for one in written:
+        print(f"written: {one.folder} (read back: logits differ by at most {one.difference:.1e})")
+    print(f"next:    python jobs/sample.py --path {written[-1].folder} --prompt 'The largest city of Japan is'")
+    if args.format != "lineage":
+        print(f"         AutoModelForCausalLM.from_pretrained({str(written[-1].folder)!r}, trust_remote_code=True)")
+    if args.format != "huggingface":
+        print(f"         python jobs/pretrain.py --init-from {written[0].folder}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", choices=("lineage", "huggingface", "both"), required=True)
+    parser.add_argument(
+        "--output", required=True, help="folder to write, empty or absent; with both: one below it for each"
+    )
+    parser.add_argument(
+        "--path", default="", help="checkpoint, run directory or exported directory, local or in a bucket"
+    )
+    parser.add_argument("--model-tag", default="", help="run to export; default: the one that saved last")
+    parser.add_argument("--step", type=int, default=-1, help="checkpoint to export; default: the newest that is whole")
+    parser.add_argument("--base-dir", default="", help="default: RAYCHAT_BASE_DIR, else ~/.cache/raychat")
+    parser.add_argument("--storage-path", default="", help="where the runs are kept; default: <base-dir>/runs")
+    parser.add_argument("--tokenizer", default="", help="folder or name of the run's tokenizer, where it is not found")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the weights: float32 loses nothing, bfloat16 is half the size (default: %(default)s)",
+    )
+    return parser
+
+
+def _echo(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run_job(main)
