@@ -196,6 +196,18 @@ def test_driver_that_lost_its_lease_writes_nothing_more(config):
     assert json.loads(lease.read_text())["holder"] == "another"
 
 
+def test_metrics_that_a_dying_driver_did_not_read_are_in_the_checkpoint(config):
+    whole = run_here(config(model_tag="whole"))
+    stopped = run_here(config(), after(3, Signal.STOP))
+    journal = stopped.run_dir / "metrics.jsonl"
+    read = [line for line in journal.read_text().splitlines(keepends=True) if '"step": 2, "time"' not in line]
+    assert len(read) < len(journal.read_text().splitlines())
+    journal.write_text("".join(read))
+    again = run_here(config())
+    assert [record["step"] for record in again.records if "train/loss" in record] == list(range(len(whole.losses)))
+    assert again.losses == whole.losses
+
+
 def test_run_that_died_before_its_first_save_begins_again_in_its_branch(config):
     with pytest.raises(KeyboardInterrupt):
         run_here(config(save_every=-1), dying_at(3))

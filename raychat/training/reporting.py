@@ -2,6 +2,9 @@
 
 import math
 import time
+from collections import deque
+from dataclasses import asdict
+from typing import Any
 from typing import TYPE_CHECKING
 
 from raychat.config import Config
@@ -12,6 +15,7 @@ from raychat.training.state import Clock, LoopState
 if TYPE_CHECKING:
     from raychat.evaluation.core import CoreResult
 
+RECENT_S, MOST_RECENT = 60.0, 256
 UNTIMED_STEPS = 10  # first steps of a process, which warm caches up, are left out of the training time
 
 
@@ -40,11 +44,24 @@ class Reporter:
     def __init__(self, config: Config, recipe: Recipe, clock: Clock, sink: Sink, *, rank: int) -> None:
         self.config, self.recipe, self.clock = config, recipe, clock
         self._sink, self._rank = sink, rank
+        self._recent: deque[Metrics] = deque(maxlen=MOST_RECENT)
 
     def send(self, event: Event) -> None:
         """Tell `event` to the driver."""
         if self._rank == 0:
+            if isinstance(event, Metrics):
+                self._recent.append(event)
             self._sink(event)
+
+    def recent(self) -> list[dict[str, Any]]:
+        """Metrics of the last minute, as JSON: a driver that dies has not read all of them, so each save holds them."""
+        since = time.time() - RECENT_S
+        return [
+            asdict(told)
+            | {"values": {key: value if math.isfinite(value) else None for key, value in told.values.items()}}
+            for told in self._recent
+            if told.time_s >= since
+        ]
 
     def line(self, text: str) -> None:
         """Show a line."""

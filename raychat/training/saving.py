@@ -150,6 +150,7 @@ class Saves:
 
     def _begin(self, state: LoopState, *, synchronous: bool) -> None:
         facts = {"step": state.step, "state": asdict(state), "world_size": self.world.world_size}
+        facts["recent_metrics"] = self.report.recent()
         self._begun_at, self._synchronous, self._owed = state.step, synchronous, False
         self._saver.begin(self.model, self.optimizer, self.around.meta | facts, urgent=synchronous)
 

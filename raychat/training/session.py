@@ -143,6 +143,7 @@ class Session:
             self.journal.event("branch", from_step=step)  # what was logged from here on is of another training
             replayed = 0
         self._first_attempt = False
+        self._log_unread(step)
         begun = {"attempt": attempt, "resume_step": step, "replayed": replayed, "nodes": nodes}
         self.journal.event("start", **begun, productive_s=self.state.get("step_time_s", 0.0), **facts)
         self._write_config()
@@ -160,6 +161,12 @@ class Session:
             lease_holder=self.lease.holder,
             journal_offset=self.journal.offset,
         )
+
+    def _log_unread(self, step: int) -> None:
+        """The metrics before `step` that were told when nobody read them any more: the checkpoint has them, too."""
+        for told in self.start.meta.get("recent_metrics", ()) if self.start else ():
+            if told["step"] < step:
+                self.journal.log(told["step"], told["values"], told["time_s"])
 
     def attempt_failed(self, cause: Cause, error: str) -> str | None:
         """Write down that an attempt ended before its time; why the run must be given up, or None to try again."""
