@@ -49,7 +49,7 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
     with contextlib.ExitStack() as stack:
         cluster = LazyCluster(config, stack, echo)
         data = prepare(config, with_gpus=cluster.has_gpus(), maker=cluster.make_shards, echo=echo)
-        session = Session(config, data, echo=echo)
+        session = Session(config, data, echo=echo, eval_workers=True)
         if session.done:
             session.abort()
             echo(session.done_line())

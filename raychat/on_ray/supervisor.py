@@ -15,6 +15,7 @@ import ray
 from raychat.errors import RaychatError
 from raychat.on_ray.cluster import Cluster
 from raychat.on_ray.crew import Crew, remove_placement_groups
+from raychat.on_ray.evaluators import Evaluators
 from raychat.on_ray.inbox import ControllerState, ControllerUp, Hello, Message, Post, Rank
 from raychat.on_ray.nodes import NodeWatch, kill_process
 from raychat.on_ray.shift import TELL_S, Notice, Shift, save_at_s
@@ -65,6 +66,7 @@ class Supervisor:
         self.most, self.fewest = worker_range(session.config, cluster, self.use_gpu, session.starts())
         self.watch = NodeWatch(self.use_gpu)
         self.room = Room(self.watch, self.use_gpu, most=self.most, fewest=self.fewest)
+        self.evaluators = Evaluators(session, self.watch, use_gpu=self.use_gpu)
         self.own_node = ray.get_runtime_context().get_node_id()
         self.last_save_s: float | None = None
         self.step_s = 0.0
@@ -85,17 +87,29 @@ class Supervisor:
                     return "stopped"
                 shift = self._start_crew(workers)
                 try:
-                    if ending := self._mind(shift):
-                        return ending
+                    ending = self._mind(shift)
                 finally:
                     shift.crew.end()
                     self._ended += [shift.crew.controller] if shift.crew.controller else []
                     remove_placement_groups(self._ended)
+                if ending:
+                    return self._evaluate_rest(ending)
         finally:
             self.room.release()
+            self.evaluators.make_way()
+
+    def _evaluate_rest(self, ending: Ending) -> Ending:
+        """A run that is trained to its end waits for its evaluations, one that was stopped does not."""
+
+        def stopped() -> bool:
+            self._check_session()
+            return self.stop_asked() is not None or self._limit_reached()
+
+        return ending if ending == "stopped" or self.evaluators.finish(stopped) else "stopped"
 
     def _wait_for_machines(self) -> int | None:
         """Until there is room for the fewest workers: how many to begin with; None when the user would rather stop."""
+        self.evaluators.make_way()
         patience, told = Patience(TELL_S, first_s=QUIET_WAIT_S), False
         while True:
             self._check_session()
@@ -183,6 +197,7 @@ class Supervisor:
             time.sleep(TICK_S)
             make_way = self._read_inbox(shift)
             self._check_session()
+            self.evaluators.tick(may_start=shift.training and shift.crew.workers == self.most)
             if self.session.ended:
                 shift.crew.join(LAST_WORDS_S)
                 break

@@ -162,6 +162,7 @@ class Book:
             "waiting": self._waiting,
             "first_step": self._first_step,
             "evaluated_again": self._evaluated_again,
+            "evaluation_wait": self._evaluated_again,
             "checkpoint": self._checkpoint,
             "rollback": self._rollback,
             "failure": self._failure,

@@ -38,6 +38,7 @@ from raychat.training.world import World
 FORMAT = 2
 READABLE = (1, 2)
 META, MODEL, MARKER = "checkpoint.json", "model.safetensors", "COMMITTED.json"
+EVALUATED = "evaluated.json"  # beside the checkpoints: see elsewhere.py
 
 Place = Store | Path | str
 
@@ -174,9 +175,12 @@ def newest(root: Place, *, echo: Callable[[str], None]) -> Checkpoint | None:
 
 
 def prune(root: Place, keep_last: int) -> list[int]:
-    """Delete all but the newest `keep_last` checkpoints and the best one by val_bpb; returns the steps of those deleted."""
+    """Delete all but the newest `keep_last` checkpoints, the best one by val_bpb, and those that are yet to be evaluated.
+
+    Returns the steps of those deleted.
+    """
     store = Store.of(root)
-    gone = _dispensable(store, keep_last)
+    gone = _dispensable(store, keep_last, keep_owed=True)
     for step in gone:
         remove(store, step)
     return gone
@@ -185,7 +189,7 @@ def prune(root: Place, keep_last: int) -> list[int]:
 def make_room(root: Place) -> bool:
     """Delete the oldest checkpoint that is neither the newest nor the best. False: there is none."""
     store = Store.of(root)
-    gone = _dispensable(store, keep_last=1)
+    gone = _dispensable(store, keep_last=1, keep_owed=False)
     if gone:
         remove(store, gone[-1])
     return bool(gone)
@@ -272,15 +276,29 @@ def estimated_bytes(num_params: int) -> int:
     return num_params * 12
 
 
-def _dispensable(store: Store, keep_last: int) -> list[int]:
-    """Steps that are neither among the newest nor the best, newest first."""
-    ordered = steps(store)
+def evaluated(root: Place) -> dict[int, float | None]:
+    """Val_bpb by step of checkpoints that other workers evaluated, None where that gave no value. See elsewhere.py."""
+    try:
+        content = json.loads(Store.of(root).read_bytes(EVALUATED))
+        return {int(step): bpb for step, bpb in content.items()}
+    except (FileNotFoundError, ValueError, AttributeError):  # none yet; one that is damaged says nothing
+        return {}
+
+
+def _dispensable(store: Store, keep_last: int, *, keep_owed: bool) -> list[int]:
+    """Steps that are neither among the newest nor the best, newest first; nor, `keep_owed`, owed an evaluation."""
+    ordered, settled = steps(store), evaluated(store)
     measured: dict[int, float] = {}
+    owed = set[int]()
     for step in reversed(ordered):  # the newest knows best: what it says may be of after going back
         with suppress(CheckpointError, KeyError, TypeError, AttributeError):
-            measured |= _measured(read_meta(store.child(folder_name(step)))["state"])
+            state = read_meta(store.child(folder_name(step)))["state"]
+            measured |= _measured(state)
+            if keep_owed and state.get("owed") and step not in settled:
+                owed.add(step)
+    measured |= {step: bpb for step, bpb in settled.items() if bpb is not None}
     best = min((step for step in ordered if step in measured), key=measured.__getitem__, default=None)
-    return [step for step in ordered[keep_last:] if step != best]
+    return [step for step in ordered[keep_last:] if step != best and step not in owed]
 
 
 def _measured(state: dict[str, Any]) -> dict[int, float]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,14 +10,11 @@ import torch
 from raychat.config import Config
 from raychat.data.tokenizer import Tokenizer
 from raychat.evaluation.bpb import BitsPerByte
+from raychat.evaluation.core import Bundle, CoreResult, evaluate_core, load_bundle
 from raychat.evaluation.samples import DEFAULT_PROMPTS, samples
 from raychat.model import GPT
-from raychat.model.fp8 import high_precision
 from raychat.training.memory import explained
 from raychat.training.world import World
-
-if TYPE_CHECKING:
-    from raychat.evaluation.core import Bundle, CoreResult
 
 Echo = Callable[[str], None]
 Between = Callable[[], bool]
@@ -50,15 +46,13 @@ class CoreTasks:
             return None
         return CoreTasks(place=place, cache=config.base_dir, max_per_task=config.eval.core_metric_max_per_task)
 
-    def load(self, echo: Echo) -> "Bundle":
+    def load(self, echo: Echo) -> Bundle:
         """The tasks, downloaded where the place is a URL and that was not done before.
 
         Raises:
             ConfigError: there is nothing of the kind at the place, or so few items cannot be evaluated.
             DataError: a task is missing or malformed.
         """
-        from raychat.evaluation.core import load_bundle
-
         return load_bundle(self.place, self.cache, echo).cut(self.max_per_task)
 
 
@@ -100,15 +94,13 @@ class Examiner:
             self.model.loss_impl = loss_impl
         return meter.total()
 
-    def core(self, between: Between = lambda: False) -> "CoreResult | None":
+    def core(self, between: Between = lambda: False) -> CoreResult | None:
         """CORE, the same on all ranks; None when `between` says to give up. The first call reads the tasks."""
-        from raychat.evaluation.core import evaluate_core
-
         if self._core is None:
             raise ValueError("there are no CORE tasks")
         if self._bundle is None:
             self._bundle = self._core.load(self._echo)
-        with explained("the evaluation of CORE", self.device), high_precision(self.model):
+        with explained("the evaluation of CORE", self.device):
             return evaluate_core(
                 self.model,
                 self.tokenizer,

@@ -5,15 +5,12 @@ import time
 from collections import deque
 from dataclasses import asdict
 from typing import Any
-from typing import TYPE_CHECKING
 
 from raychat.config import Config
+from raychat.evaluation.core import CoreResult
 from raychat.planning import Recipe
 from raychat.training.events import Event, Line, Metrics, Note, Sink
 from raychat.training.state import Clock, LoopState
-
-if TYPE_CHECKING:
-    from raychat.evaluation.core import CoreResult
 
 RECENT_S, MOST_RECENT = 60.0, 256
 UNTIMED_STEPS = 10  # first steps of a process, which warm caches up, are left out of the training time
@@ -117,14 +114,14 @@ class Reporter:
         self.send(Metrics(state.step, {"val/bpb": bpb, "val/time_s": seconds}, time.time()))
         self.line(bpb_line(state.step, bpb, state.min_val_bpb, tokens=tokens, seconds=seconds))
 
-    def core(self, step: int, result: "CoreResult", *, seconds: float) -> None:
+    def core(self, step: int, result: CoreResult, *, seconds: float) -> None:
         """Metrics and line of an evaluation of CORE."""
-        self.send(Metrics(step, core_metrics(result) | {"time/core": seconds}, time.time()))
+        self.send(Metrics(step, result.metrics() | {"time/core": seconds}, time.time()))
         self.line(core_line(step, result, seconds=seconds))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """What the model made of a prompt."""
-        self.line(f"step {step:05d} | sample: {text!r}")
+        self.line(sample_line(step, text))
         self.note("sample", step=step, prompt=prompt, text=text)
 
     def evaluation_again(self, state: LoopState) -> None:
@@ -145,12 +142,12 @@ def bpb_line(step: int, bpb: float, lowest: float | None, *, tokens: int, second
     return f"{warning}step {step:05d} | validation bpb: {bpb:.6f}{known} on {tokens:,} tokens in {seconds:.1f}s"
 
 
-def core_metrics(result: "CoreResult") -> dict[str, float]:
-    """CORE, and the centred accuracy of each task."""
-    return {"core_metric": result.core_metric} | {f"core/{name}": task.centered for name, task in result.tasks.items()}
-
-
-def core_line(step: int, result: "CoreResult", *, seconds: float) -> str:
+def core_line(step: int, result: CoreResult, *, seconds: float) -> str:
     """The line of an evaluation of CORE."""
     items = sum(len(task.items) for task in result.tasks.values())
     return f"step {step:05d} | CORE: {result.core_metric:.4f} on {items:,} items of {len(result.tasks)} tasks in {seconds:.1f}s"
+
+
+def sample_line(step: int, text: str) -> str:
+    """The line of a sample."""
+    return f"step {step:05d} | sample: {text!r}"

@@ -5,8 +5,6 @@ summary, and the mirror of a run that is kept in an object store; the training p
 """
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from raychat.atomic import write_json
+from raychat.checks import require
 from raychat.config import Config
 from raychat.data.prepare import TokenData, check_writable
-from raychat.errors import ConfigError
 from raychat.planning import make_plan, model_shape, param_counts, recipe
 from raychat.storage import Store
 from raychat.tracking.figures import loss_curve
@@ -24,8 +22,10 @@ from raychat.tracking.journal import Journal, read_journal
 from raychat.tracking.ledger import EVALUATION_TIMES, Book, Ledger
 from raychat.tracking.summary import Status, Summary
 from raychat.training import checkpoint, outcome
+from raychat.training.elsewhere import Elsewhere
 from raychat.training.events import Ended, Event, Failed, Line, Metrics, Note, Saved
 from raychat.training.examiner import CoreTasks, check_core
+from raychat.training.facts import RunFacts
 from raychat.training.fresh import set_aside
 from raychat.training.hooks import hook_variables, run_hook
 from raychat.training.job import Job
@@ -33,10 +33,9 @@ from raychat.training.lease import Lease, LeaseLostError
 from raychat.training.mirror import Mirror
 from raychat.training.retry import Cause, give_up
 from raychat.training.secrets import Secrets
+from raychat.training.space import check_space
 from raychat.training.start import check_start, find_start
-from raychat.uris import public_uri
 
-FORMAT = 1
 PUSH_S = 30.0  # for the mirror to send the rest when the run has ended
 
 
@@ -49,11 +48,20 @@ class Session:
         ConfigError: when the run directory cannot be written to or has too little space.
     """
 
-    def __init__(self, config: Config, data: TokenData, *, echo: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, data: TokenData, *, echo: Callable[[str], None], eval_workers: bool = False
+    ) -> None:
+        """`eval_workers`: whoever keeps this session has others evaluate what is `elsewhere.pending`."""
         self.config, self.data = config, data
+        require(
+            eval_workers or not config.eval.eval_workers,
+            f"--eval-workers {config.eval.eval_workers} needs Ray, which python -m raychat.training is without: leave it "
+            "out, or use jobs/pretrain.py.",
+        )
         self._secrets = Secrets(config)
         self.echo: Callable[[str], None] = lambda text: echo(self._secrets.hide(text))
         self.recipe = recipe(config)
+        self._facts = RunFacts(config, self.recipe, data, self._secrets)
         self.run_dir, store = config.run_dir, Store.of(config.run_uri)
         if config.run.fresh:
             set_aside(config, self.echo)
@@ -67,11 +75,12 @@ class Session:
         try:
             self.mirror.pull(fresh=config.run.fresh)
             self.checkpoints = store.child("checkpoints")
-            _check_space(store, param_counts(model_shape(config.model)).total)
+            check_space(store, param_counts(model_shape(config.model)).total)
             self.start = find_start(config, self.checkpoints, echo=self.echo)
             self.changed = check_start(config, data, self.start, echo=self.echo)
             self.journal = Journal(self.run_dir / "metrics.jsonl", driver=self.lease.holder, reader=self._take_in)
             self.core = CoreTasks.of(config)
+            self.elsewhere = Elsewhere(config, data, self.checkpoints, self.journal, echo=self.echo)
             if not self.done:
                 check_core(config, self.core, self.echo)
             self.mirror.start()
@@ -98,6 +107,8 @@ class Session:
         # One that was told to stop in its last evaluation still owes it.
         last, state, journal = self.start.step, self.start.meta["state"], self.journal
         settings = self.config.eval
+        if settings.eval_workers and state.get("owed"):
+            return not self.elsewhere.pending
         bpb = settings.eval_every == -1 or last in (state.get("val_step"), journal.last_step("val/bpb"))
         core = self.core is None or last in (state.get("core_step"), journal.last_step("core_metric"))
         return bpb and core
@@ -138,6 +149,9 @@ class Session:
         if later := checkpoint.set_aside_after(self.checkpoints, step if self.start else -1, aside):
             self.echo(f"checkpoints of steps {', '.join(map(str, later))} moved to {aside}/")
         checkpoint.prune_orphans(self.checkpoints)
+        self.elsewhere.forget_after(step if self.start else -1)
+        if not self.config.eval.eval_workers:
+            self.elsewhere.give_up(self.elsewhere.pending, "--eval-workers is 0 now")
         replayed = max(0, self.journal.last_step("train/loss") + 1 - step)
         if replayed and self._first_attempt and (rollback or self.changed):
             self.journal.event("branch", from_step=step)  # what was logged from here on is of another training
@@ -196,6 +210,7 @@ class Session:
                 fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
                 del fields["state"]
                 self.journal.event("checkpoint", **fields, productive_s=event.state["step_time_s"])
+                self.elsewhere.saved(event.step, event.state)
                 self.mirror.push_soon()
             case Ended():
                 self.ended, self.state = event, event.state
@@ -223,6 +238,7 @@ class Session:
             case "rollback":
                 self.journal.event("rollback", **fields)
                 self.journal.event("branch", from_step=fields["from_step"])
+                self.elsewhere.forget_after(fields["from_step"])
                 self._steps_done, self._step_time_s = fields["from_step"], None
             case _:
                 self.journal.event(note.kind, **fields)
@@ -249,16 +265,7 @@ class Session:
 
     def tracking_facts(self) -> dict[str, Any]:
         """What MLflow is told about the run besides its metrics: name, params and the dataset."""
-        config, data = self.config, self.data
-        return {
-            "run_name": config.run.run or config.model_tag,
-            "params": self._public_settings() | dataclasses.asdict(self.recipe),
-            "dataset": {
-                "name": public_uri(data.corpus.name),
-                "source": public_uri(config.data.corpus or data.corpus.name),
-                "digest": data.manifest.fingerprint,
-            },
-        }
+        return self._facts.for_tracking()
 
     def close(
         self,
@@ -383,31 +390,7 @@ class Session:
         )
         run_hook(self.config.run.on_event, variables, echo=self.echo)
 
-    def _public_settings(self) -> dict[str, Any]:
-        """The settings, without credentials in URIs, nor in URIs within a command."""
-        settings = self.config.public()
-        return {key: self._secrets.hide(value) if isinstance(value, str) else value for key, value in settings.items()}
-
     def _write_config(self) -> None:
-        flat = self._public_settings()
-        content = {
-            "format": FORMAT,
-            "fingerprint": hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16],
-            "data_fingerprint": self.data.manifest.fingerprint,
-            "config": flat,
-            "recipe": dataclasses.asdict(self.recipe),
-            "corpus_files": self.data.corpus_files,
-            "resolved": self._resolved,
-        }
         with self._warned("the configuration"):
-            write_json(self.run_dir / "config.json", content)
+            write_json(self.run_dir / "config.json", self._facts.for_file(self._resolved))
             write_json(self.run_dir / "plan.json", make_plan(self.config))
-
-
-def _check_space(store: Store, num_params: int) -> None:
-    need, free = 2 * checkpoint.estimated_bytes(num_params), store.free_bytes()
-    if free is not None and free < need:
-        raise ConfigError(
-            f"{store.uri} has {free / 1e9:.2f} GB free, and two checkpoints of this model take {need / 1e9:.2f} GB: "
-            "free some space, or give a --storage-path with more."
-        )

@@ -1,0 +1,100 @@
+"""Evaluates one checkpoint of a run as training would have done at its step: for workers that do not train."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raychat.config import Config
+from raychat.data.batches import validation_passes, validation_rows
+from raychat.data.shards import Manifest, RowReader, read_manifest
+from raychat.data.tokenizer import Tokenizer
+from raychat.errors import DataError
+from raychat.evaluation.core import CoreResult
+from raychat.training import checkpoint
+from raychat.training.build import build_model
+from raychat.training.device import Resolved
+from raychat.training.evaluating import BPB, CORE, SAMPLES
+from raychat.training.examiner import CoreTasks, Echo, Examiner, Validation
+from raychat.training.world import World
+
+APART = 1 << 20  # added to the rank, by which a node's copy of a checkpoint is named: ranks that train have their own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What is to be evaluated: plain values, which cross process and machine borders. `kinds` as in `LoopState.owed`."""
+
+    checkpoint: str
+    tokens_dir: str
+    tokenizer_dir: str
+    config: dict[str, Any]
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What came out, and the seconds that each kind took; what was not asked for is None or empty."""
+
+    bpb: float | None = None
+    core: CoreResult | None = None
+    samples: tuple[tuple[str, str], ...] = ()
+    val_tokens: int = 0
+    seconds: dict[str, float]
+
+
+def evaluate_checkpoint(world: World, task: Assignment, echo: Echo = lambda line: None) -> Findings:
+    """Evaluate on this rank of `world`, whose ranks all call this. As many ranks as trained give the very same values.
+
+    Raises:
+        CheckpointError: the checkpoint is gone or does not suit the model.
+        DataError: validation rows, tokenizer or CORE tasks are not there.
+        OSError: the checkpoint could not be downloaded.
+    """
+    config, found = Config.from_flat(task.config), checkpoint.trusted(task.checkpoint)
+    resolved = Resolved(**found.meta["resolved"])
+    torch.set_num_threads(resolved.threads)
+    device = torch.device("cuda", world.device_index) if resolved.device_type == "cuda" else torch.device("cpu")
+    model = build_model(config, resolved, device)
+    found.load(model, world=World(rank=APART + world.rank))
+    manifest = read_manifest(Path(task.tokens_dir))
+    if manifest is None:
+        raise DataError(
+            f"{task.tokens_dir} holds no token shards on this machine: --base-dir must be a folder that all nodes share."
+        )
+    validation, tokens = open_validation(config, manifest, world)
+    examiner = Examiner(
+        model.eval(),
+        Tokenizer.load(task.tokenizer_dir),
+        world,
+        validation=validation,
+        core=CoreTasks.of(config),
+        echo=echo,
+    )
+    return examine(examiner, task.kinds, val_tokens=tokens)
+
+
+def open_validation(config: Config, manifest: Manifest, world: World) -> tuple[Validation, int]:
+    """The validation rows of a run on the ranks of `world`, and how many tokens they are."""
+    reader = RowReader(manifest, "val")
+    rows = min(reader.num_rows, config.eval.eval_tokens // config.model.max_seq_len)
+    size, ranks = config.batch.device_batch_size, world.world_size
+    validation = Validation(
+        passes=lambda: validation_rows(reader, rows=rows, device_batch_size=size, rank=world.rank, world_size=ranks),
+        rounds=validation_passes(rows, device_batch_size=size, world_size=ranks),
+    )
+    return validation, rows * config.model.max_seq_len
+
+
+def examine(examiner: Examiner, kinds: tuple[str, ...], *, val_tokens: int) -> Findings:
+    """Everything in `kinds`, one after the other."""
+    values: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    makers = {BPB: examiner.bpb, CORE: examiner.core, SAMPLES: lambda: tuple(examiner.samples())}
+    for kind in kinds:
+        start = time.perf_counter()
+        values[kind] = makers[kind]()
+        seconds[kind] = time.perf_counter() - start
+    return Findings(**values, seconds=seconds, val_tokens=val_tokens)

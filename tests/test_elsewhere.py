@@ -1,0 +1,254 @@
+"""Evaluations within training and beside it: the same values either way, none lost, and none that holds a checkpoint."""
+
+import dataclasses
+import json
+
+import pytest
+from core_bundles import write_bundle
+from ranks import run_ranks
+from runs import InStep, after, open_session, run_here
+
+from raychat.data.prepare import make_in_process, prepare
+from raychat.errors import ConfigError, DataError
+from raychat.tracking.journal import read_events, read_journal
+from raychat.training import checkpoint
+from raychat.training.__main__ import read_here
+from raychat.training.build import train
+from raychat.training.evaluate_checkpoint import Assignment, evaluate_checkpoint
+from raychat.training.events import Note, Saved
+from raychat.training.session import Session
+from raychat.training.state import LoopState, Signal
+from raychat.training.world import World
+
+TASKS = {"core/choosing", "core/resolving", "core/continuing"}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return write_bundle(tmp_path_factory.mktemp("core") / "bundle")
+
+
+@pytest.fixture
+def config(own_config, bundle):
+    """Six steps, evaluated every second one."""
+    defaults = {
+        "num_iterations": 6,
+        "eval_every": 2,
+        "core_metric_every": 2,
+        "core_bundle": str(bundle),
+        "core_metric_max_per_task": 4,
+    }
+    return lambda **changes: own_config(**defaults | {"save_every": -1, "keep_checkpoints": 1} | changes)
+
+
+def curve(records, name):
+    return {record["step"]: record[name] for record in records if name in record}
+
+
+def trained_with_others(config, poll=lambda: Signal.NONE):
+    """Train with evaluations left to others: the session, and whether the horizon was reached."""
+    data = prepare(config, with_gpus=False, maker=make_in_process, echo=lambda line: None)
+    lines = []
+    session = Session(config, data, echo=lines.append, eval_workers=True)
+
+    def batches(plan):
+        for batch in read_here(plan):
+            if isinstance(poll, InStep):
+                poll.step_begins()
+            yield batch
+
+    job = session.begin_attempt(world_size=1)
+    finished = train(job, world=World(), batches=batches, sink=session.receive, poll=poll)
+    return session, finished, lines
+
+
+def evaluate_rest(session):
+    """What evaluation workers do, here."""
+    while session.elsewhere.pending:
+        owed = session.elsewhere.pending[min(session.elsewhere.pending)]
+        session.elsewhere.take(owed, evaluate_checkpoint(World(), session.elsewhere.assignment(owed)))
+
+
+def kept(config):
+    return checkpoint.steps(config.run_dir / "checkpoints")
+
+
+@pytest.fixture
+def in_line(config):
+    return run_here(config(model_tag="in-line"))
+
+
+def test_core_is_evaluated_in_training_every_n_steps_and_at_the_last_one(config):
+    ran = run_here(config(core_metric_every=4))
+    core = curve(ran.records, "core_metric")
+    assert list(core) == [4, 6]
+    at_4 = next(record for record in ran.records if "core_metric" in record)
+    assert at_4.keys() >= TASKS
+    assert at_4["core_metric"] == pytest.approx(sum(at_4[task] for task in TASKS) / 3)
+    assert ran.summary.core_metric == core[6]
+    assert ran.summary.evaluation_s >= sum(curve(ran.records, "time/core").values())
+    state = checkpoint.newest(ran.run_dir / "checkpoints", echo=print).meta["state"]
+    assert (state["core_step"], state["core_metric"]) == (6, core[6])
+
+
+def test_a_stop_within_core_leaves_it_to_the_next_start(config, in_line):
+    asked = []
+
+    def stop_late() -> Signal:
+        """Once four rounds of the evaluation of step 0, six steps and their evaluations are over: in the last CORE."""
+        asked.append(1)
+        return Signal.STOP if len(asked) == late else Signal.NONE
+
+    late = 10**9
+    run_here(config(model_tag="count"), stop_late)
+    late = len(asked) - 1
+    asked.clear()
+    first = run_here(config(), stop_late)
+    assert (first.summary.status, first.summary.step) == ("stopped", 6)
+    assert list(curve(first.records, "core_metric")) == [2, 4]
+    second = run_here(config())
+    assert second.summary.status == "finished"
+    assert curve(second.records, "core_metric") == curve(in_line.records, "core_metric")
+
+
+def test_a_bundle_that_comes_later_is_evaluated_once(config):
+    run_here(config(core_bundle=""))
+    session = open_session(config())
+    assert not session.done
+    session.abort()
+    assert run_here(config()).summary.core_metric is not None
+    session = open_session(config())
+    assert session.done
+    session.abort()
+
+
+def test_a_bundle_with_a_bad_line_is_refused_before_anything_is_trained(config, tmp_path):
+    folder = write_bundle(tmp_path / "broken")
+    with (folder / "eval_data" / "a" / "choosing.jsonl").open("a") as file:
+        file.write('{"query": "half\n')
+    with pytest.raises(DataError, match=r"choosing\.jsonl"):
+        run_here(config(core_bundle=str(folder)))
+    with pytest.raises(ConfigError, match="--core-metric-max-per-task"):
+        run_here(config(core_metric_max_per_task=1))
+    assert not (config().run_dir / "checkpoints").exists()
+    assert not (config().run_dir / "lease.json").exists()
+
+
+def test_a_run_without_a_bundle_says_what_to_give(config):
+    lines = []
+    open_session(config(core_bundle=""), lines.append).abort()
+    assert [line for line in lines if "--core-bundle" in line] != []
+    lines.clear()
+    open_session(config(core_bundle="", core_metric_every=-1), lines.append).abort()
+    assert [line for line in lines if "--core-bundle" in line] == []
+
+
+def test_evaluation_workers_need_ray(config):
+    with pytest.raises(ConfigError, match="--eval-workers 2 needs Ray"):
+        run_here(config(eval_workers=2))
+
+
+def test_what_others_evaluate_is_what_training_would_have(config, in_line):
+    """Values bit for bit, joined to their steps; the best checkpoint and the newest are kept when all is settled."""
+    session, finished, lines = trained_with_others(config(eval_workers=1, sample_every=4))
+    assert finished
+    assert list(session.elsewhere.pending) == kept(config())[::-1] == [2, 4, 6]
+    assert not curve(read_journal(session.journal.path), "core_metric")
+    evaluate_rest(session)
+    summary = session.close("finished")
+    records = read_journal(session.journal.path)
+    for name in ("val/bpb", "core_metric", *TASKS, "train/loss"):
+        assert curve(records, name) == curve(in_line.records, name)
+    assert (summary.val_bpb, summary.min_val_bpb, summary.core_metric) == (
+        in_line.summary.val_bpb, in_line.summary.min_val_bpb, in_line.summary.core_metric,
+    )  # fmt: skip
+    assert [event["step"] for event in read_events(session.journal.path) if event["event"] == "sample"][::7] == [4, 6]
+    told = [line for line in lines if "validation bpb" in line or "CORE:" in line]
+    assert [line.split()[1] for line in told] == ["00000", "00002", "00002", "00004", "00004", "00006", "00006"]
+    bpb = {step: value for step, value in curve(records, "val/bpb").items() if step}
+    best = min(bpb, key=bpb.__getitem__)
+    checkpoint.prune(config().run_dir / "checkpoints", 1)
+    assert kept(config()) == sorted({6, best}, reverse=True)
+    again = Session(config(eval_workers=1), session.data, echo=print, eval_workers=True)
+    assert again.done
+    again.abort()
+
+
+def test_what_a_driver_leaves_unevaluated_the_next_one_finds(config):
+    first, finished, _ = trained_with_others(config(eval_workers=1), after(5, Signal.STOP))
+    assert not finished
+    assert list(first.elsewhere.pending) == [2, 4]
+    owed = first.elsewhere.pending[2]
+    first.elsewhere.take(owed, evaluate_checkpoint(World(), first.elsewhere.assignment(owed)))
+    first.close("stopped")
+    second, finished, _ = trained_with_others(config(eval_workers=1))
+    assert finished
+    assert list(second.elsewhere.pending) == [4, 6]
+    evaluate_rest(second)
+    assert second.close("finished").restarts == 1
+
+
+def test_a_run_that_goes_on_without_evaluation_workers_lets_the_rest_go(config):
+    session, _, _ = trained_with_others(config(eval_workers=1), after(5, Signal.STOP))
+    session.close("stopped")
+    ran = run_here(config())
+    assert list(curve(ran.records, "core_metric")) == [6]
+    assert set(kept(config())) <= {6, 4, 2}
+    given_up = [e["step"] for e in read_events(ran.run_dir / "metrics.jsonl") if e["event"] == "evaluation_given_up"]
+    assert given_up == [2, 4]
+    checkpoint.prune(config().run_dir / "checkpoints", 1)
+    assert len(kept(config())) <= 2
+
+
+def test_a_replayed_step_is_not_evaluated_twice(config):
+    session, _, _ = trained_with_others(config(eval_workers=1, save_every=1), after(3, Signal.STOP))
+    evaluate_rest(session)
+    state = dataclasses.asdict(LoopState(step=2, owed=("bpb", "core")))
+    session.elsewhere.forget_after(1)
+    session.elsewhere.saved(2, state)
+    assert session.elsewhere.pending == {}
+    session.close("stopped")
+
+
+def test_a_result_for_a_checkpoint_of_before_a_rollback_is_dropped(config):
+    session, _, _ = trained_with_others(config(eval_workers=1), after(3, Signal.STOP))
+    owed = session.elsewhere.pending[2]
+    findings = evaluate_checkpoint(World(), session.elsewhere.assignment(owed))
+    state = dataclasses.asdict(LoopState(step=2, owed=("bpb", "core")))
+    session.receive(Note("rollback", {"from_step": 0, "bad_step": 3, "cursor": 0, "reason": "a test"}))
+    assert session.elsewhere.pending == {}
+    session.receive(Saved(2, "there", state, stall_s=0.0, total_s=0.0, bytes=1, synchronous=True))
+    session.elsewhere.take(owed, findings)
+    assert list(session.elsewhere.pending) == [2]
+    assert 2 not in curve(read_journal(session.journal.path), "core_metric")
+    session.close("stopped")
+
+
+def test_old_checkpoints_wait_for_their_evaluation_unless_the_disk_is_full(config):
+    session, _, _ = trained_with_others(config(eval_workers=1))
+    root = config().run_dir / "checkpoints"
+    assert checkpoint.prune(root, 1) == []
+    assert checkpoint.make_room(root)
+    assert kept(config()) == [6, 4]
+    session.elsewhere.give_up([4], "a test")
+    assert checkpoint.prune(root, 1) == [4]
+    assert json.loads((root / checkpoint.EVALUATED).read_text()) == {"4": None}
+    session.close("finished")
+
+
+def _evaluate(task: dict) -> tuple[float, str]:
+    """On one of several ranks."""
+    import torch.distributed as dist
+
+    found = evaluate_checkpoint(World(dist.get_rank(), dist.get_world_size()), Assignment(**task))
+    return found.bpb, [[item.correct for item in part.items] for part in found.core.tasks.values()]
+
+
+def test_two_evaluation_workers_agree_with_one(config):
+    session, _, _ = trained_with_others(config(eval_workers=2))
+    task = session.elsewhere.assignment(session.elsewhere.pending[6])
+    one = evaluate_checkpoint(World(), task)
+    for bpb, verdicts in run_ranks(_evaluate, 2, dataclasses.asdict(task)):
+        assert bpb == pytest.approx(one.bpb, rel=1e-6)
+        assert verdicts == [[item.correct for item in part.items] for part in one.core.tasks.values()]
+    session.close("finished")
