@@ -26,9 +26,9 @@ from raychat.model.cache import KVCache
 from raychat.model.loss import chunked, softcapped_logits
 
 READ_ROWS = 256  # positions whose float32 logits are held at once
-# Differences of score below which rounding may decide: nats of the mean loss, and logits. Ten times the most that a score
-# was seen to move with the batch (docs/evaluation.md).
-CLOSE = {torch.float32: (1e-4, 1e-3), torch.float16: (0.01, 0.05), torch.bfloat16: (0.05, 0.25)}
+# Differences below which rounding may decide: of mean losses in nats, over the root of the number of scored tokens; and of
+# logits. Twice the most that scores were seen to move with the batch, at logits up to 12 (docs/evaluation.md), or more.
+CLOSE = {torch.float32: (1e-4, 1e-3), torch.float16: (0.0125, 0.03), torch.bfloat16: (0.1, 0.25)}
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,16 @@ def _judge(question: Question, scores: list[float]) -> ItemResult:
 
 
 def _margin(question: Question, result: ItemResult) -> float:
-    """How far the scores are from another verdict."""
+    """How far the scores are from another verdict, in the unit of CLOSE."""
     if question.greedy or result.predicted is None:
         return abs(result.scores[0])
-    best = question.rows[result.predicted]
-    rivals = [score for row, score in zip(question.rows, result.scores, strict=True) if row != best]
-    return min(rivals, default=math.inf) - result.scores[result.predicted]
+    best, least = question.rows[result.predicted], result.scores[result.predicted]
+    gaps = [
+        (score - least) * math.sqrt(min(row.end - row.start, best.end - best.start))
+        for row, score in zip(question.rows, result.scores, strict=True)
+        if row != best and math.isfinite(score)
+    ]
+    return min(gaps, default=math.inf)
 
 
 def _scores(model: GPT, forest: Sequence[Tree], greedy: bool) -> list[float]:
