@@ -131,6 +131,16 @@ def test_windowed_layers_keep_their_window_only():
     assert cache.select([0]).num_bytes == cache.num_bytes / 2
 
 
+def test_no_slot_is_written_twice_in_one_pass():
+    """Where two positions share a slot only the newer one is kept: a GPU would write them in any order."""
+    model = lively(SMALL)
+    cache = KVCache(model, 2)
+    cache.begin(300, [300, 140])
+    rows, offsets, slots = cache._pass.places(129)
+    assert len(set(zip(rows.tolist(), slots.tolist(), strict=True))) == len(rows) == 2 * 129
+    assert {row: min(offsets[rows == row].tolist()) for row in (0, 1)} == {0: 300 - 129, 1: 140 - 129}
+
+
 def test_rows_reach_ten_times_the_training_length_and_not_further():
     config = GPTConfig(sequence_len=8, vocab_size=97, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
     model = lively(config)

@@ -191,11 +191,16 @@ def test_what_is_cut_never_comes_and_the_rest_keeps_its_proportions(setting, all
 
 
 def test_the_ends_of_the_range_give_tokens_that_may_come():
-    """Also where the points are so near to 1 that they round to the total."""
     points = torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64)
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(2, -1)
     assert draw(logits, Sampling(), points).tolist() == [1, 2]
     assert draw(logits, Sampling(top_p=0.99), points).sort().values.tolist() == [1, 2]
+
+
+def test_a_model_that_computes_no_numbers_still_gives_tokens():
+    logits = torch.full((1, 8), torch.nan)
+    for sampling in (LIKELIEST, Sampling(), Sampling(top_k=3), Sampling(top_p=0.5)):
+        assert 0 <= draw(logits, sampling, torch.full((1,), 0.5, dtype=torch.float64)).item() < 8
 
 
 def test_no_temperature_is_greedy_and_so_is_almost_none():

@@ -1,7 +1,7 @@
 """What a model writes: continuations of prompts, to read along with a training run."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from raychat.model import GPT
 from raychat.model.fp8 import high_precision
@@ -18,6 +18,7 @@ DEFAULT_PROMPTS = (
 )
 
 
+@runtime_checkable
 class Codec(Protocol):
     """The part of a tokenizer that sampling needs."""
 

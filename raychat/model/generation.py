@@ -184,7 +184,8 @@ class Generator:
         tokens = torch.empty(len(self._rows), dtype=torch.long)
         for sampling, places in groups.items():
             points = [0.0 if sampling.greedy else self._rows[place].stream.random() for place in places]
-            tokens[places] = draw(logits[places], sampling, torch.tensor(points, dtype=torch.float64)).cpu()
+            own = logits if len(groups) == 1 else logits[places]
+            tokens[places] = draw(own, sampling, torch.tensor(points, dtype=torch.float64)).cpu()
         return tokens.tolist()
 
     def _keep(self, kept: list[bool]) -> None:
@@ -243,10 +244,9 @@ def draw(logits: Float[Tensor, "R V"], sampling: Sampling, points: Float[Tensor,
     if sampling.top_p < 1:
         share = share.where(below - share < sampling.top_p, 0.0)
         below = share.cumsum(-1)
-    total = below[:, -1:]
-    # Rounded up to the total, a point would fall behind the last token.
-    target = torch.minimum(points.to(total.device)[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    place = torch.searchsorted(below, target, right=True)
+    # In float64 no point below 1 is rounded up to the total, so that a token of no share is never hit.
+    target = points.to(below.device)[:, None] * below[:, -1:]
+    place = torch.searchsorted(below, target, right=True).clamp(max=share.size(-1) - 1)  # else beyond it for nan
     return (place if tokens is None else tokens.gather(-1, place))[:, 0]
 
 
