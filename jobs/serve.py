@@ -10,7 +10,6 @@ It listens on this machine only, unless --host says otherwise, which needs an AP
 import argparse
 import importlib.util
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -52,7 +51,6 @@ def main(args: list[str]) -> int:
         base_dir=given.base_dir,
         storage_path=given.storage_path,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started here is not left behind
     key_hint = f"$(cat {file})" if file else f"${KEY_VARIABLE}"
     serving.run(source, settings, key_hint=key_hint, echo=lambda text: print(text, flush=True))
     return 0

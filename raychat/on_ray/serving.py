@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import hashlib
+import io
 import ipaddress
 import logging
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -151,7 +153,10 @@ def run(source: Source, settings: Settings, *, key_hint: str = "", echo: Callabl
     """
     cluster_config = Config.from_flat({"address": settings.address, "num_workers": settings.num_replicas})
     try:
-        with connect(cluster_config, echo=echo) as cluster, served(source, settings, cluster, echo=echo):
+        with contextlib.ExitStack() as stack:
+            cluster = stack.enter_context(connect(cluster_config, echo=echo))
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own would leave everything behind
+            stack.enter_context(served(source, settings, cluster, echo=echo))
             step = "" if source.step is None else f", step {source.step:,}"
             echo(f"serving {source.name}{step}: {settings.url}/ (Ctrl-C stops)")
             echo(curl_line(source.name, settings, key_hint))
@@ -182,7 +187,7 @@ def served(source: Source, settings: Settings, cluster: Cluster, *, echo: Callab
         "Ray Serve runs on this cluster already, and its address and port cannot be changed while it does: leave "
         "--address out to serve from a cluster of its own, or end it with `serve shutdown`.",
     )
-    _check_port(settings, local=cluster.started_here)
+    check_port(settings, local=cluster.started_here)
     part = Part(
         source=source,
         device_type=device_type,
@@ -197,7 +202,8 @@ def served(source: Source, settings: Settings, cluster: Cluster, *, echo: Callab
         _start(part, settings)
         yield
     finally:
-        if ray.is_initialized():
+        # Ray prints that the controller, which ends itself, cannot be asked again to do so.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             serve.shutdown()
 
 
@@ -255,7 +261,7 @@ def _explained(error: RuntimeError, part: Part, settings: Settings) -> Exception
     return error
 
 
-def _check_port(settings: Settings, *, local: bool) -> None:
+def check_port(settings: Settings, *, local: bool) -> None:
     """Refuse a port that is taken on this machine, if the server is to run here: two could share it, unnoticed."""
     head = ray.get_runtime_context().gcs_address.rpartition(":")[0]
     if not local and head not in (ray.util.get_node_ip_address(), "127.0.0.1"):
