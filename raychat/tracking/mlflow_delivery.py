@@ -6,6 +6,7 @@ The imports stand inside the functions, because they take seconds; the driver's 
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -187,6 +188,26 @@ def open_client(uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri=uri)
 
 
+def add_to_run(
+    uri: str,
+    run_id: str,
+    values: Mapping[str, float],
+    *,
+    step: int,
+    time_ms: int,
+    files: Sequence[Path],
+    folder: str,
+) -> None:
+    """Add points of one step to a run, and `files` to its artifacts in `folder`. Raises whatever MLflow raises."""
+    client = open_client(uri)
+    from mlflow.entities import Metric
+
+    points = [Metric(_named(key), value, time_ms, step) for key, value in values.items() if math.isfinite(value)]
+    client.log_batch(run_id, metrics=points, synchronous=True)
+    for file in files:
+        client.log_artifact(run_id, str(file), folder)
+
+
 def end_dead_runs(client: "MlflowClient", experiment_id: str, *, but: str | None = None) -> list[str]:
     """End as KILLED the RUNNING runs of raychat in an experiment whose heartbeat is stale; their ids.
 
@@ -274,10 +295,15 @@ def _points(record: Mapping[str, Any]) -> list["Metric"]:
     if not is_metrics(record):
         return []
     return [
-        Metric(re.sub(r"[^\w\-. :/]", "_", key), float(value), _milliseconds(record), record["step"])
+        Metric(_named(key), float(value), _milliseconds(record), record["step"])
         for key, value in record.items()
         if key not in RESERVED and value is not None
     ]
+
+
+def _named(metric: str) -> str:
+    """The name of a metric as MLflow takes it."""
+    return re.sub(r"[^\w\-. :/]", "_", metric)
 
 
 def _milliseconds(record: Mapping[str, Any]) -> int:

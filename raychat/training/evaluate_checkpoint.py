@@ -64,7 +64,9 @@ def evaluate_checkpoint(world: World, task: Assignment, echo: Echo = lambda line
         raise DataError(
             f"{task.tokens_dir} holds no token shards on this machine: --base-dir must be a folder that all nodes share."
         )
-    validation, tokens = open_validation(config, manifest, world)
+    validation, tokens = open_validation(
+        manifest, world, eval_tokens=config.eval.eval_tokens, device_batch_size=config.batch.device_batch_size
+    )
     examiner = Examiner(
         model.eval(),
         Tokenizer.load(task.tokenizer_dir),
@@ -76,16 +78,17 @@ def evaluate_checkpoint(world: World, task: Assignment, echo: Echo = lambda line
     return examine(examiner, task.kinds, val_tokens=tokens)
 
 
-def open_validation(config: Config, manifest: Manifest, world: World) -> tuple[Validation, int]:
-    """The validation rows of a run on the ranks of `world`, and how many tokens they are."""
-    reader = RowReader(manifest, "val")
-    rows = min(reader.num_rows, config.eval.eval_tokens // config.model.max_seq_len)
-    size, ranks = config.batch.device_batch_size, world.world_size
+def open_validation(
+    manifest: Manifest, world: World, *, eval_tokens: int, device_batch_size: int
+) -> tuple[Validation, int]:
+    """The first `eval_tokens` of the validation rows on the ranks of `world`, and how many tokens they are."""
+    reader, T = RowReader(manifest, "val"), manifest.row_len - 1
+    rows, size, ranks = min(reader.num_rows, eval_tokens // T), device_batch_size, world.world_size
     validation = Validation(
         passes=lambda: validation_rows(reader, rows=rows, device_batch_size=size, rank=world.rank, world_size=ranks),
         rounds=validation_passes(rows, device_batch_size=size, world_size=ranks),
     )
-    return validation, rows * config.model.max_seq_len
+    return validation, rows * T
 
 
 def examine(examiner: Examiner, kinds: tuple[str, ...], *, val_tokens: int) -> Findings:
