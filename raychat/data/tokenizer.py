@@ -40,6 +40,8 @@ SPLIT_PATTERN = (
 )
 FORMAT = "raychat-tokenizer-1"
 RANKS_FILE, META_FILE = "tokenizer.tiktoken", "tokenizer.json"
+TOKENIZER_FOLDER = "tokenizer"
+"""name of its directory in a run and in an export"""
 # The regular expression engines give up on a run of white space of some 500,000 characters.
 PIECE_CHARS = 100_000
 

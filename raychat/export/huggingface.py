@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raychat.data.tokenizer import Tokenizer
+from raychat.data.tokenizer import TOKENIZER_FOLDER, Tokenizer
 from raychat.export.card import model_card
 from raychat.export.tokenizer_json import tokenizer_json
 from raychat.export.weights import write_safetensors
 from raychat.model import GPTConfig
-from raychat.training.exported import FACTS_FILE, HF_CONFIG, MODEL_TYPE, TOKENIZER_FOLDER
+from raychat.training.exported import FACTS_FILE, HF_CONFIG, MODEL_TYPE
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
 CODE_FILES = ("configuration_raychat.py", "modeling_raychat.py")

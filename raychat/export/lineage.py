@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raychat.data.tokenizer import Tokenizer
+from raychat.data.tokenizer import TOKENIZER_FOLDER, Tokenizer
 from raychat.data.unpickle import PICKLE_FILE
 from raychat.errors import ConfigError
 from raychat.model import GPTConfig
-from raychat.training.exported import FACTS_KEY, LINEAGE_KEYS, TOKENIZER_FOLDER
+from raychat.training.exported import FACTS_KEY, LINEAGE_KEYS
 
 LINEAGE_RATIO = 0.25
 TOKEN_BYTES_FILE = "token_bytes.pt"

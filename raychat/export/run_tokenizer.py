@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from raychat.config import Config
-from raychat.data.tokenizer import META_FILE, Tokenizer, digest_in
+from raychat.data.tokenizer import META_FILE, TOKENIZER_FOLDER, Tokenizer, digest_in
 from raychat.errors import ConfigError, DataError
 from raychat.storage import Store
-from raychat.training.build import TOKENIZER_FOLDER
 
 
 def find_tokenizer(run: Store | None, meta: dict[str, Any], *, base_dir: str, given: str = "") -> str:

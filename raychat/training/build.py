@@ -11,7 +11,7 @@ from raychat.config import Config
 from raychat.data.batches import Batch, leave_out, left_out, validation_passes, validation_rows
 from raychat.data.order import lanes_for
 from raychat.data.shards import Manifest, RowReader, read_manifest
-from raychat.data.tokenizer import Tokenizer
+from raychat.data.tokenizer import TOKENIZER_FOLDER, Tokenizer
 from raychat.errors import DataError
 from raychat.model import GPT, GPTConfig, fp8
 from raychat.optim import MuonAdamW, build_optimizer
@@ -26,9 +26,6 @@ from raychat.training.job import BatchPlan, BatchSource, Job
 from raychat.training.loop import Trainer
 from raychat.training.state import Clock, LoopState, Signal, Surroundings
 from raychat.training.world import World
-
-TOKENIZER_FOLDER = "tokenizer"
-"""in the run's directory"""
 
 
 def train(

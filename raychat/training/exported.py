@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from raychat.data.tokenizer import META_FILE, Tokenizer
+from raychat.data.tokenizer import META_FILE, RANKS_FILE, TOKENIZER_FOLDER, Tokenizer
 from raychat.data.unpickle import PICKLE_FILE, open_tokenizer
 from raychat.errors import CheckpointError, ConfigError, DataError
 from raychat.model import GPT, GPTConfig
@@ -33,7 +33,6 @@ MODEL_TYPE = "raychat"
 LINEAGE_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
 FACTS_FILE, FACTS_KEY = "raychat.json", "raychat"
 HF_CONFIG, HF_WEIGHTS, HF_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FOLDER = "tokenizer"
 COMPILED = "_orig_mod."  # torch.compile puts it before the names of a model that is saved compiled
 
 
@@ -86,10 +85,10 @@ class Exported:
         if self.store.is_local:
             places += [Store.of(self.store.path), Store.of(self.store.path.parents[1] / TOKENIZER_FOLDER)]
         for place in places:
-            if place.exists(PICKLE_FILE) or (place.exists(META_FILE) and place.exists("tokenizer.tiktoken")):
+            if place.exists(PICKLE_FILE) or (place.exists(META_FILE) and place.exists(RANKS_FILE)):
                 return place
         raise DataError(
-            f"{self.store} has no tokenizer: put {META_FILE} and tokenizer.tiktoken of raychat, or the lineage's "
+            f"{self.store} has no tokenizer: put {META_FILE} and {RANKS_FILE} of raychat, or the lineage's "
             f"{PICKLE_FILE}, into {own}."
         )
 

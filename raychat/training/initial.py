@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from raychat.config import Config
-from raychat.data.tokenizer import Tokenizer
+from raychat.data.tokenizer import RANKS_FILE, Tokenizer
 from raychat.errors import CheckpointError, ConfigError, RaychatError
 from raychat.model import GPT, GPTConfig
 from raychat.planning import model_shape
@@ -117,4 +117,4 @@ def _flags(shapes: GPTConfig) -> dict[str, Any]:
 
 def _own_folder(found: Exported) -> str:
     folder = found.tokenizer_folder()
-    return f" {folder}" if folder.exists("tokenizer.tiktoken") else ", after exporting it with jobs/export.py"
+    return f" {folder}" if folder.exists(RANKS_FILE) else ", after exporting it with jobs/export.py"

@@ -34,4 +34,5 @@ class RaychatConfig(PretrainedConfig):
         self.n_layer, self.n_head, self.n_kv_head, self.n_embd = n_layer, n_head, n_kv_head, n_embd
         self.window_pattern, self.short_window_ratio = window_pattern, short_window_ratio
         self.use_cache = use_cache
-        super().__init__(**{"tie_word_embeddings": False} | kwargs)
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)

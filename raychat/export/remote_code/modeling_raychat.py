@@ -181,7 +181,7 @@ class RaychatForCausalLM(PreTrainedModel, GenerationMixin):
         x = norm(self.transformer["wte"](idx))
         x = x0 = middle = self._smear(x, real)
         rotary = self._rotary(idx.size(1), x)
-        for i, block in enumerate(self.transformer["h"]):
+        for i, block in enumerate(self.transformer["h"].children()):
             value_embed = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
             x = block(self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0, value_embed, rotary, real)
             if i == self.config.n_layer // 2:
