@@ -20,9 +20,10 @@ from raychat.data.prepare import prepare
 from raychat.data.shards import ShardInfo, ShardTask
 from raychat.errors import ConfigError
 from raychat.on_ray import cluster as clusters
+from raychat.on_ray.limits import RunFailedError
 from raychat.on_ray.shards import make_on_ray
 from raychat.on_ray.sizing import uses_gpus, wants_gpus, worker_range
-from raychat.on_ray.supervisor import RunFailedError, Supervisor
+from raychat.on_ray.supervisor import Supervisor
 from raychat.storage import Store
 from raychat.tracking.mlflow_shipper import MLflowShipper
 from raychat.tracking.shipping_state import MLFLOW_STATUS

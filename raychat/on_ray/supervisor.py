@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import ray
 
-from raychat.errors import RaychatError
 from raychat.on_ray.cluster import Cluster
 from raychat.on_ray.crew import Crew, remove_placement_groups
 from raychat.on_ray.evaluators import Evaluators
 from raychat.on_ray.inbox import ControllerState, ControllerUp, Hello, Message, Post, Rank
+from raychat.on_ray.limits import RunFailedError, WorkerError, check_wait, limit_reached
 from raychat.on_ray.nodes import NodeWatch, kill_process
 from raychat.on_ray.shift import TELL_S, Notice, Shift, save_at_s
 from raychat.on_ray.sizing import Patience, Room, uses_gpus, worker_range
@@ -38,20 +38,6 @@ LAST_WORDS_S = 10.0  # that workers have to end by themselves when the run has e
 RESIZE_AGAIN_S = 60.0  # after a save that failed
 
 Ending = Literal["finished", "stopped"]
-
-
-class RunFailedError(RaychatError):
-    """Training failed again and again, or machines did not come; the last checkpoint is good."""
-
-    exit_code = 1
-
-
-class WorkerError(RaychatError):
-    """A RaychatError of a worker, told by the driver."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 class Supervisor:
@@ -103,7 +89,7 @@ class Supervisor:
 
         def stopped() -> bool:
             self._check_session()
-            return self.stop_asked() is not None or self._limit_reached()
+            return self.stop_asked() is not None or limit_reached(self.session)
 
         return ending if ending == "stopped" or self.evaluators.finish(stopped) else "stopped"
 
@@ -113,7 +99,7 @@ class Supervisor:
         patience, told = Patience(TELL_S, first_s=QUIET_WAIT_S), False
         while True:
             self._check_session()
-            if self.stop_asked() or self._limit_reached():
+            if self.stop_asked() or limit_reached(self.session):
                 return None
             self.watch.look()
             self.watch.probe()
@@ -127,23 +113,9 @@ class Supervisor:
                     self.session.journal.event("waiting", wanted=self.fewest, there=there)
                 told = True
                 self.echo(self._waiting_line(patience.waited_s))
-            self._check_wait(patience.waited_s)
+            check_wait(self.session, patience.waited_s, fewest=self.fewest)
             self._watchers.keep()
             time.sleep(LOOK_S if told else TICK_S)
-
-    def _limit_reached(self) -> bool:
-        """Whether the run may cost or last no longer. While it trains, the loop looks at this itself."""
-        money = self.session.config.money
-        if money.budget_usd == -1 and money.max_hours == -1:
-            return False
-        so_far = self.session.ledger()
-        if money.budget_usd != -1 and so_far.cost_usd is not None and so_far.cost_usd >= money.budget_usd:
-            self.echo(f"--budget-usd {money.budget_usd:g} is spent: stopping")
-            return True
-        if money.max_hours != -1 and so_far.wall_s >= money.max_hours * 3600:
-            self.echo(f"--max-hours {money.max_hours:g} are over: stopping")
-            return True
-        return False
 
     def _waiting_line(self, waited_s: float) -> str:
         kind = "GPUs" if self.use_gpu else "CPUs"
@@ -153,14 +125,6 @@ class Supervisor:
             f"waiting for machines: at least {self.fewest} free {kind} are needed, the cluster has {self.watch.slots()}; "
             f"asked for {self.most} {format_duration(waited_s)} ago{spent}"
         )
-
-    def _check_wait(self, waited_s: float) -> None:
-        limit = self.session.config.cluster.max_wait
-        if limit != -1 and waited_s > limit * 3600:
-            raise RunFailedError(
-                f"The machines for {self.fewest} workers did not come within --max-wait {limit:g} hours. The same command "
-                "goes on from the newest checkpoint; --min-workers lets it go on with fewer."
-            )
 
     def _start_crew(self, workers: int) -> Shift:
         job = self._begin_attempt(workers)
@@ -206,7 +170,7 @@ class Supervisor:
             if make_way or self._look_at_nodes(shift):
                 return None
             if not shift.training and shift.since.due():
-                if not shift.ranks and self._limit_reached():
+                if not shift.ranks and limit_reached(self.session):
                     return "stopped"
                 self.echo(f"{shift.crew.workers} workers are starting, since {format_duration(shift.since.waited_s)}")
         self._read_inbox(shift)

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from typing import Any
 
 from raychat.config import SaveSettings
 from raychat.errors import CheckpointError
@@ -149,7 +150,7 @@ class Saves:
             self.settle()
 
     def _begin(self, state: LoopState, *, synchronous: bool) -> None:
-        facts = {"step": state.step, "state": asdict(state), "world_size": self.world.world_size}
+        facts: dict[str, Any] = {"step": state.step, "state": asdict(state), "world_size": self.world.world_size}
         facts["recent_metrics"] = self.report.recent()
         self._begun_at, self._synchronous, self._owed = state.step, synchronous, False
         self._saver.begin(self.model, self.optimizer, self.around.meta | facts, urgent=synchronous)
