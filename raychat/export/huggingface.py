@@ -40,19 +40,7 @@ def write_huggingface(
     # A document begins with BOS, so a BOS that the model writes is the end of one.
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.bos_id)
     contents: dict[str, dict[str, Any]] = {
-        HF_CONFIG: {
-            "architectures": ["RaychatForCausalLM"],
-            "auto_map": {
-                "AutoConfig": "configuration_raychat.RaychatConfig",
-                "AutoModelForCausalLM": "modeling_raychat.RaychatForCausalLM",
-            },
-            "model_type": MODEL_TYPE,
-            "dtype": str(dtype).removeprefix("torch."),
-            "tie_word_embeddings": False,
-            "use_cache": False,
-            **dataclasses.asdict(shapes),
-            **tokens,
-        },
+        HF_CONFIG: _config(shapes, dtype) | tokens,
         "generation_config.json": {"do_sample": True, "temperature": 1.0, "use_cache": False, **tokens},
         "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": {
@@ -72,3 +60,19 @@ def write_huggingface(
         indent = None if name == "tokenizer.json" else 2
         (folder / name).write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(shapes, tokenizer, facts), encoding="utf-8")
+
+
+def _config(shapes: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Shapes, and which classes of the directory's own code they are for."""
+    return {
+        "architectures": ["RaychatForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_raychat.RaychatConfig",
+            "AutoModelForCausalLM": "modeling_raychat.RaychatForCausalLM",
+        },
+        "model_type": MODEL_TYPE,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tie_word_embeddings": False,
+        "use_cache": False,
+        **dataclasses.asdict(shapes),
+    }

@@ -25,18 +25,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": number,
-                "content": name,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for name, number in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
-        ],
+        "added_tokens": _added_tokens(tokenizer),
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
@@ -65,6 +54,15 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "merges": [["".join(letters[byte] for byte in part) for part in pair] for pair in _merges(tokenizer.ranks)],
         },
     }
+
+
+def _added_tokens(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The special tokens in the order of their ids."""
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [
+        {"id": number, "content": name, **plain, "special": True}
+        for name, number in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    ]
 
 
 def byte_letters() -> dict[int, str]:
