@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from raychat.evaluation.core.bundle import Bundle, Task
-from raychat.evaluation.core.prompts import Codec, question, texts
+from raychat.evaluation.core.prompts import Codec, Question, question, texts
 from raychat.evaluation.core.results import CoreResult, ItemResult, TaskResult
 from raychat.evaluation.core.scoring import answer, batches
 from raychat.model import GPT
@@ -60,37 +60,36 @@ def evaluate_core(
         ConfigError: `max_per_task` leaves a task too few items. Nothing was computed then.
     """
     tasks = bundle.cut(max_per_task).tasks
-    device = model.lm_head.weight.device
+    size = batch_tokens or default_batch_tokens(model.lm_head.weight.device)
     weights = [_weights(task) for task in tasks]
     shares = [_share(weight, world.rank, world.world_size) for weight in weights]
-    results = []
+    results: dict[str, TaskResult] = {}
     with ExitStack() as stack:
         stack.enter_context(high_precision(model))
-        progress = None
+        advance: Callable[[float], None] = lambda amount: None  # noqa: E731
         if world.rank == 0:
             mine = sum(weight[index] for weight, share in zip(weights, shares, strict=True) for index in share)
-            progress = stack.enter_context(Progress("CORE", mine, "characters", echo=echo))
+            advance = stack.enter_context(Progress("CORE", mine, "characters", echo=echo)).advance
         for task, weight, share in zip(tasks, weights, shares, strict=True):
             start = time.perf_counter()
-            reach = model.cos.size(0)
-            work = batches(
-                [question(task, i, tokenizer, reach) for i in share], batch_tokens or default_batch_tokens(device)
-            )
+            questions = [question(task, index, tokenizer, model.cos.size(0)) for index in share]
             found: list[ItemResult] = []
-            for n in range(max(world.gather(len(work)))):  # a rank that has no work left is still asked
-                if n < len(work):
-                    found += answer(model, work[n])
-                    if progress:
-                        progress.advance(sum(weight[q.index] for q in work[n]))
+            for batch in _rounds(batches(questions, size), world):
+                found += answer(model, batch) if batch else []
+                advance(sum(weight[q.index] for q in batch))
                 if between():
                     return None
-            gathered = world.gather((found, time.perf_counter() - start))
-            results.append(
-                TaskResult.of(task, [item for part, _ in gathered for item in part], max(s for _, s in gathered))
-            )
+            parts = world.gather((found, time.perf_counter() - start))
+            items = [item for part, _ in parts for item in part]
+            results[task.label] = TaskResult.of(task, items, max(seconds for _, seconds in parts))
             if world.rank == 0:
-                echo(results[-1].line())
-    return CoreResult({result.label: result for result in results})
+                echo(results[task.label].line())
+    return CoreResult(results)
+
+
+def _rounds(mine: list[list[Question]], world: Ranks) -> list[list[Question]]:
+    """The batches of this rank, and empty ones after them until every rank has as many."""
+    return mine + [[]] * (max(world.gather(len(mine))) - len(mine))
 
 
 def _weights(task: Task) -> list[int]:
