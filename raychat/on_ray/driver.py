@@ -67,7 +67,9 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
 def with_absolute_paths(config: Config) -> Config:
     """`config` for processes that have another current directory, home and environment than this one."""
     storage = config.run.storage_path if "://" in config.run.storage_path else str(config.runs_dir)
-    return Config.from_flat({"base_dir": str(config.base_dir), "storage_path": storage}, base=config)
+    given = {"core_bundle": config.eval.core_bundle, "init_from": config.run.init_from}
+    paths = {name: str(Path(at).expanduser().absolute()) for name, at in given.items() if at and "://" not in at}
+    return Config.from_flat(paths | {"base_dir": str(config.base_dir), "storage_path": storage}, base=config)
 
 
 def _run_session(session: Session, cluster: clusters.Cluster, tracking_uri: str | None) -> Summary:

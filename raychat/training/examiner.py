@@ -44,7 +44,9 @@ class CoreTasks:
         place = config.eval.core_bundle or (str(default) if default.is_dir() else "")
         if config.eval.core_metric_every == -1 or not place:
             return None
-        return CoreTasks(place=place, cache=config.base_dir, max_per_task=config.eval.core_metric_max_per_task)
+        return CoreTasks(
+            place=place, cache=config.base_dir / "core_bundles", max_per_task=config.eval.core_metric_max_per_task
+        )
 
     def load(self, echo: Echo) -> Bundle:
         """The tasks, downloaded where the place is a URL and that was not done before.
