@@ -1,5 +1,7 @@
 """Which settings a resumed run may change: every flag has a class, and a refusal names the fields."""
 
+from pathlib import Path
+
 import pytest
 
 from raychat.config import Config
@@ -19,7 +21,8 @@ FREE = (
     "run model_tag preset base_dir storage_path log_every resume_from_step fresh allow_config_change force tracking_uri "
     "experiment upload_checkpoint dry_run device_type loss compile device_batch_size eval_every eval_tokens "
     "core_metric_every core_metric_max_per_task sample_every save_every keep_checkpoints address num_workers min_workers "
-    "core_bundle eval_workers max_failures max_preemptions max_wait on_event save_mode on_bad_step price_per_hour budget_usd max_hours"
+    "core_bundle eval_workers "
+    "max_failures max_preemptions max_wait on_event save_mode on_bad_step price_per_hour budget_usd max_hours"
 )
 # What these say is compared by the fingerprint of the data that come out of them.
 DATA = "corpus val_corpus text_column num_data_shards packing tokenizer tok_max_chars tok_doc_cap"
@@ -43,6 +46,13 @@ def test_every_flag_has_its_class():
     classes |= dict.fromkeys(PERMISSION.split(), "permission")
     classes |= dict.fromkeys((FREE + " " + DATA).split(), "free")
     assert {name: kind_of(name) for name in Config().flat()} == classes
+
+
+def test_the_place_of_the_first_weights_is_the_same_without_its_password_and_from_here():
+    assert changes({"init_from": "s3://key@b/x"}, {"init_from": "s3://key:pw@b/x"}) == []
+    assert changes({"init_from": str(Path("d12").absolute())}, {"init_from": "d12"}) == []
+    with pytest.raises(CheckpointError, match="init_from"):
+        changes({"init_from": "d12"}, {"init_from": "d13"})
 
 
 def test_the_same_flags_are_no_change():

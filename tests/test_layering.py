@@ -15,7 +15,7 @@ ROOT = Path(raychat.__file__).parents[1]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "raychat").rglob("*.py")
-    if path.name != "__main__.py"
+    if path.name != "__main__.py" and path.parent.name != "remote_code"  # which exported models carry with them
 )
 EDGE = ("raychat.on_ray", "raychat.tracking.mlflow")
 CORE = [name for name in MODULES if not name.startswith(EDGE)]

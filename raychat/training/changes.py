@@ -5,11 +5,13 @@ permission: rates, decay, schedule, horizon, precision; the new values act, what
 never: what the weights or the data order are made of. The data themselves are compared by their fingerprint.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 from raychat.config import Config
 from raychat.errors import CheckpointError
 from raychat.planning import recipe
+from raychat.uris import public_uri
 
 Kind = Literal["free", "permission", "never"]
 
@@ -91,6 +93,11 @@ def check_changes(
     return permission
 
 
+def _absolute(place: str) -> str:
+    """A place as it is written down: drivers make paths absolute, and leave credentials out."""
+    return public_uri(place) if not place or "://" in place else str(Path(place).expanduser().absolute())
+
+
 def _comparable(config: Config) -> dict[str, Any]:
     """Settings with the horizon and the batch as what they come to: asking for them in another way is no change."""
     values = {name: value for name, value in config.flat().items() if kind_of(name) != "free"}
@@ -102,5 +109,6 @@ def _comparable(config: Config) -> dict[str, Any]:
         "total_batch_size": run.total_batch_size,
         "weight_decay": run.weight_decay,
         "window_pattern": values["window_pattern"].upper(),
+        "init_from": _absolute(values["init_from"]),
     }
     return values
