@@ -159,7 +159,7 @@ def run(source: Source, settings: Settings, *, key_hint: str = "", echo: Callabl
             stack.enter_context(served(source, settings, cluster, echo=echo))
             step = "" if source.step is None else f", step {source.step:,}"
             echo(f"serving {source.name}{step}: {settings.url}/ (Ctrl-C stops)")
-            echo(curl_line(source.name, settings, key_hint))
+            echo(curl_line(source, settings, key_hint))
             _watch(echo)
     except KeyboardInterrupt:
         echo("stopped")
@@ -207,10 +207,11 @@ def served(source: Source, settings: Settings, cluster: Cluster, *, echo: Callab
             serve.shutdown()
 
 
-def curl_line(name: str, settings: Settings, key_hint: str) -> str:
+def curl_line(source: Source, settings: Settings, key_hint: str) -> str:
     """A request that works when it is pasted into a shell."""
     bearer = f' -H "Authorization: Bearer {key_hint}"' if settings.api_key else ""
-    body = f'{{"model": "{name}", "prompt": "The largest city of Japan is", "max_tokens": 32}}'
+    tokens = min(32, settings.max_tokens, source.gpt_config.sequence_len // 2)
+    body = f'{{"model": "{source.name}", "prompt": "The", "max_tokens": {tokens}}}'
     return f"curl {settings.url}/v1/completions -H 'Content-Type: application/json'{bearer} -d '{body}'"
 
 
@@ -249,16 +250,18 @@ def _start(part: Part, settings: Settings) -> None:
 
 def _explained(error: RuntimeError, part: Part, settings: Settings) -> Exception:
     """The user's mistake in an error of Ray Serve, or that error."""
-    lines = str(error).splitlines()
+    app = serve.status().applications.get(APP)
+    told = [str(error)] + ([deployment.message for deployment in app.deployments.values()] if app else [])
+    lines = "\n".join(told).splitlines()
     if any("Failed to bind" in line for line in lines):
         return ConfigError(
             f"Port {settings.port} cannot be had at {settings.host} on the head node: give another --port."
         )
     names = [kind.__name__ for kind in (RaychatError, *RaychatError.__subclasses__())]
-    told = [line for line in lines if any(f"{name}: " in line for name in names)]
-    if told:
-        return RaychatError(f"{part.source.place} cannot be served: {told[-1].partition('Error: ')[2]}")
-    return error
+    mistakes = [line for line in lines if any(f"{name}: " in line for name in names)]
+    if mistakes:
+        return RaychatError(f"{part.source.place} cannot be served: {mistakes[-1].partition('Error: ')[2]}")
+    return RuntimeError("\n".join(lines))
 
 
 def check_port(settings: Settings, *, local: bool) -> None:

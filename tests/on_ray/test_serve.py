@@ -19,7 +19,7 @@ from runs import run_here
 
 from on_ray.conftest import ROOT
 from raychat.config import Config
-from raychat.errors import ConfigError
+from raychat.errors import ConfigError, RaychatError
 
 pytestmark = [
     pytest.mark.ray,
@@ -64,9 +64,7 @@ def run_dir(tiny_flags, prepared_base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(cluster, environment, run_dir, prepared_base, tmp_path_factory):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     key_file = tmp_path_factory.mktemp("key") / "key.txt"
     key_file.write_text(KEY + "\n")
     flags = [f"--path={run_dir}", f"--base-dir={prepared_base}", f"--address={cluster.address}"]
@@ -87,6 +85,12 @@ def served(cluster, environment, run_dir, prepared_base, tmp_path_factory):
     finally:
         job.send_signal(signal.SIGINT)
         job.communicate(timeout=60)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def until(condition):
@@ -199,6 +203,22 @@ def test_a_stop_ends_what_was_started_and_nothing_else(served, cluster):
     assert ray.cluster_resources()["CPU"] > 0
     with pytest.raises(OSError, match="refused"):
         ask(served.port, "/health")
+
+
+def test_a_model_that_cannot_be_loaded_ends_with_the_reason(cluster, run_dir, prepared_base):
+    """The mistake shows in the replica, and comes to the user without its traceback."""
+    from raychat.export.source import find_source
+    from raychat.on_ray.serving import Settings, served
+
+    source = find_source(path=str(run_dir), base_dir=str(prepared_base))
+    settings = Settings(port=free_port(), device_type="mps")
+    with (
+        pytest.raises(
+            RaychatError, match=r"step_00000001 cannot be served: --device-type mps: .* Use --device-type cpu"
+        ),
+        served(source, settings, cluster, echo=lambda line: None),
+    ):
+        pytest.fail("it is served")
 
 
 @pytest.mark.parametrize(
