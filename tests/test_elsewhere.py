@@ -200,13 +200,14 @@ def test_a_run_that_goes_on_without_evaluation_workers_lets_the_rest_go(config):
     assert len(kept(config())) <= 2
 
 
-def test_a_replayed_step_is_not_evaluated_twice(config):
-    session, _, _ = trained_with_others(config(eval_workers=1, save_every=1), after(3, Signal.STOP))
+@pytest.mark.parametrize("branched", [False, True])
+def test_a_replayed_step_is_evaluated_again_only_in_another_branch(config, branched):
+    session, _, _ = trained_with_others(config(eval_workers=1), after(3, Signal.STOP))
     evaluate_rest(session)
-    state = dataclasses.asdict(LoopState(step=2, owed=("bpb", "core")))
-    session.elsewhere.forget_after(1)
-    session.elsewhere.saved(2, state)
-    assert session.elsewhere.pending == {}
+    session.elsewhere.forget_after(1, branched=branched)
+    session.elsewhere.saved(2, dataclasses.asdict(LoopState(step=2, owed=("bpb", "core"))))
+    assert list(session.elsewhere.pending) == ([2] if branched else [])
+    assert (checkpoint.evaluated(config().run_dir / "checkpoints").get(2) is None) == branched  # it may be the best
     session.close("stopped")
 
 

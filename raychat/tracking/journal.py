@@ -143,10 +143,6 @@ class Journal:
         """The largest step of the current branch that has the metric `key`, or -1."""
         return self._seen.last_step(key)
 
-    def has(self, step: int, key: str) -> bool:
-        """Whether the current branch holds the metric `key` of `step`."""
-        return (step, key) in self._seen
-
     def close(self) -> None:
         """Flush to disk and close. Idempotent; nothing may be logged afterwards."""
         with self._lock:

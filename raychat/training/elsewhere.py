@@ -21,8 +21,6 @@ from raychat.training.evaluate_checkpoint import Assignment, Findings
 from raychat.training.evaluating import BPB, CORE
 from raychat.training.reporting import bpb_line, core_line, sample_line
 
-METRICS = {BPB: "val/bpb", CORE: "core_metric"}
-
 
 @dataclass(frozen=True, eq=False)
 class Owed:
@@ -48,17 +46,13 @@ class Elsewhere:
                 self._owe(step, checkpoint.read_meta(root.child(checkpoint.folder_name(step)))["state"])
 
     def saved(self, step: int, state: Mapping[str, Any]) -> None:
-        """A checkpoint of `step` is whole; what the journal knows from before a replay is not evaluated again."""
+        """A checkpoint of `step` is whole; one that is made again in a replay is not evaluated again."""
         self._owe(step, state)
-        owed = self.pending.get(step)
-        metrics = [METRICS[kind] for kind in owed.kinds if kind in METRICS] if owed else []
-        if metrics and all(self._journal.has(step, metric) for metric in metrics):
-            self._settle(step)
 
-    def forget_after(self, step: int) -> None:
-        """The run has gone back to `step`: later checkpoints are no more part of it."""
+    def forget_after(self, step: int, *, branched: bool) -> None:
+        """The run goes on from `step`: later checkpoints are gone. `branched`: what was found of them is void, too."""
         self.pending = {at: owed for at, owed in self.pending.items() if at <= step}
-        if any(at > step for at in self._settled):
+        if branched and any(at > step for at in self._settled):
             self._settled = {at: bpb for at, bpb in self._settled.items() if at <= step}
             self._write()
 

@@ -149,11 +149,12 @@ class Session:
         if later := checkpoint.set_aside_after(self.checkpoints, step if self.start else -1, aside):
             self.echo(f"checkpoints of steps {', '.join(map(str, later))} moved to {aside}/")
         checkpoint.prune_orphans(self.checkpoints)
-        self.elsewhere.forget_after(step if self.start else -1)
+        branched = self._first_attempt and (rollback or bool(self.changed))
+        self.elsewhere.forget_after(step if self.start else -1, branched=branched)
         if not self.config.eval.eval_workers:
             self.elsewhere.give_up(self.elsewhere.pending, "--eval-workers is 0 now")
         replayed = max(0, self.journal.last_step("train/loss") + 1 - step)
-        if replayed and self._first_attempt and (rollback or self.changed):
+        if replayed and branched:
             self.journal.event("branch", from_step=step)  # what was logged from here on is of another training
             replayed = 0
         self._first_attempt = False
@@ -238,7 +239,7 @@ class Session:
             case "rollback":
                 self.journal.event("rollback", **fields)
                 self.journal.event("branch", from_step=fields["from_step"])
-                self.elsewhere.forget_after(fields["from_step"])
+                self.elsewhere.forget_after(fields["from_step"], branched=True)
                 self._steps_done, self._step_time_s = fields["from_step"], None
             case _:
                 self.journal.event(note.kind, **fields)
