@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.core import measure, one_process, random_model
 from core_bundles import SHARED, WORDS, write_bundle
 from core_reference import verdicts
 from ranks import run_ranks
@@ -13,7 +14,6 @@ from ranks import run_ranks
 from raychat.data.tokenizer import Tokenizer, train_tokenizer
 from raychat.errors import ConfigError
 from raychat.evaluation.core import Bundle, CoreResult, evaluate_core, load_bundle
-from raychat.evaluation.core.benchmark import measure, one_process, random_model
 from raychat.evaluation.core.prompts import question, texts
 from raychat.evaluation.core.reference import CORE_METRIC, GPT2, MODELS
 from raychat.evaluation.core.scoring import CLOSE, answer, answer_alone, batches, trees

@@ -1,6 +1,6 @@
 """What asynchronous saves cost: a save every ten steps against none, on a small model, without Ray.
 
-    OMP_NUM_THREADS=2 python -m raychat.training.saves_benchmark --pairs 5
+  OMP_NUM_THREADS=2 python tests/benchmarks/saves.py --pairs 5
 
 Blocks of steps with and without saves take turns, so that what else happens on the machine meets both. The first save of
 a block begins with its first step: all that a save costs, copy and writing, falls into its own block.
@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from raychat import cli
 from raychat.config import Config
@@ -72,7 +74,11 @@ class Trial:
 
 def main(argv: list[str]) -> int:
     """Run, and print a line per pair and the median."""
-    parser = argparse.ArgumentParser(prog="python -m raychat.training.saves_benchmark", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python tests/benchmarks/saves.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--pairs", type=int, default=5, help="of blocks; default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="per block; default: %(default)s")

@@ -1,6 +1,6 @@
 """How fast CORE is beside one option per forward pass with logits at every position, and which lever gives how much.
 
-    python -m raychat.evaluation.core.benchmark --core-bundle DIR --tokenizer DIR [--items 20] [--tasks copa,piqa]
+  python tests/benchmarks/core.py --core-bundle DIR --tokenizer DIR [--items 20] [--tasks copa,piqa]
 
 Each way of computing adds one lever to the one before: `naive`; `read` (logits only where they are read); `share` (what the
 options have in common is computed once); `batch` (questions of similar length share a pass); `workers` (two processes of
@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from raychat.data.tokenizer import Tokenizer
 from raychat.evaluation.core.bundle import Bundle, load_bundle
