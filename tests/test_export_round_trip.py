@@ -149,6 +149,28 @@ class TestForeignDirectories:
             find_source(path=str(foreign)).load(CPU)
         assert not (tmp_path / "done").exists()
 
+    @pytest.mark.parametrize("content", [b"", b"text\n", b"PK\x03\x04 and no more", b"\x80\x02"])
+    def test_weights_that_are_another_file_are_refused(self, foreign, content):
+        (foreign / "model_000007.pt").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"model_000007.pt cannot be read as weights"):
+            find_source(path=str(foreign)).load(CPU)
+
+    def test_weights_in_the_older_format_of_torch_are_read(self, foreign, source):
+        state = torch.load(foreign / "model_000007.pt", weights_only=True)
+        torch.save(state, foreign / "model_000007.pt", _use_new_zipfile_serialization=False)
+        assert torch.equal(logits(find_source(path=str(foreign))), logits(source))
+
+    def test_weights_without_names_are_refused(self, foreign):
+        self.rewrite(foreign, lambda state: dict(enumerate(state.values())))
+        with pytest.raises(CheckpointError, match="something else than a state dict"):
+            find_source(path=str(foreign)).load(CPU)
+
+    def test_damaged_record_of_checksums_is_refused(self, foreign):
+        meta = json.loads((foreign / "meta_000007.json").read_text())
+        (foreign / "meta_000007.json").write_text(json.dumps(meta | {"raychat": {"files": [1]}}))
+        with pytest.raises(CheckpointError, match="its checksums are no pairs"):
+            find_source(path=str(foreign))
+
     def test_older_model_without_a_description_of_its_windows_is_refused(self, foreign):
         meta = json.loads((foreign / "meta_000007.json").read_text())
         del meta["model_config"]["window_pattern"]

@@ -9,9 +9,9 @@ Writing is `raychat.export`'s; reading is here, because training can begin with 
 """
 
 import json
-import pickle
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -142,7 +141,7 @@ def _lineage(store: Store, names: set[str], steps: list[int], wanted: int) -> Ex
         step=step,
         shapes=GPTConfig(**{key: given[key] for key in LINEAGE_KEYS}),
         meta=meta,
-        facts=meta.get(FACTS_KEY, {}),
+        facts=_facts(meta.get(FACTS_KEY)),
         weights=(weights,),
     )
 
@@ -157,7 +156,7 @@ def _huggingface(store: Store, names: set[str]) -> Exported | None:
         weights = (HF_WEIGHTS,)
     if absent := [name for name in weights if name not in names]:
         raise CheckpointError(f"{store} lacks {', '.join(absent)}: export the model again.")
-    facts = json.loads(store.read_bytes(FACTS_FILE)) if FACTS_FILE in names else {}
+    facts = _facts(json.loads(store.read_bytes(FACTS_FILE)) if FACTS_FILE in names else None)
     return Exported(
         store=store,
         layout="huggingface",
@@ -169,15 +168,32 @@ def _huggingface(store: Store, names: set[str]) -> Exported | None:
     )
 
 
+def _facts(found: Any) -> dict[str, Any]:
+    """What raychat wrote down, if anything. Raises TypeError where it is not of that form."""
+    facts = {} if found is None else dict(found)
+    files = facts.get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(mark, list) and len(mark) == 2 for mark in files.values()):
+        raise TypeError("its checksums are no pairs of a size and a CRC-32")
+    return facts
+
+
 def _tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, or of one that torch.save wrote, of which nothing but tensors is taken."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        # Files in the older format of torch.save cannot be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    # Whatever bytes may make of the two readers: they are no weights.
+    except Exception as error:  # noqa: BLE001
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(
+            f"{path} cannot be read as weights ({reason}): it is damaged, or another kind of file."
+        ) from None
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds something else than a state dict of tensors.")
     return state
 
