@@ -1,8 +1,10 @@
 """transformers loads the exported directory, without a network, and computes what raychat computes."""
 
+import importlib
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -74,6 +76,20 @@ def test_loss_with_labels_is_the_mean_cross_entropy_of_the_next_tokens(theirs, o
         )
 
 
+def test_parts_of_a_batch_add_up_to_its_loss_when_told_how_many_labels_it_has(theirs, source):
+    """What transformers' Trainer asks for when it accumulates gradients over parts."""
+    labels = probe(source)
+    labels[0, :100] = -100
+    count = int((labels[:, 1:] != -100).sum())
+    with torch.no_grad():
+        whole = theirs(probe(source), labels=labels).loss
+        parts = [
+            theirs(row[None], labels=label[None], num_items_in_batch=torch.tensor(count)).loss
+            for row, label in zip(probe(source), labels, strict=True)
+        ]
+    assert sum(parts) == pytest.approx(whole.item(), rel=1e-5)
+
+
 def test_padding_on_the_left_changes_nothing(theirs, source):
     """Rotary positions are relative, padded keys are not seen, and the first token has nothing before it to smear."""
     ids = probe(source)[:1]
@@ -126,6 +142,13 @@ def test_saved_again_by_transformers_it_is_the_same_model(theirs, folder, hub, t
 
 
 class TestCard:
+    def test_what_the_card_says_to_type_works_and_asks_nothing(self, folder, hub, capsys):
+        code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+        exec(code, {"PATH": str(folder)})
+        said = capsys.readouterr()
+        assert said.out.startswith("The largest city of Japan is")
+        assert "[y/N]" not in said.out
+
     def test_card_and_facts_say_what_is_known_and_that_the_rest_is_not(self, folder):
         card = (folder / "README.md").read_text()
         assert "| val_bpb | 1.2500 |" in card
@@ -155,19 +178,15 @@ class TestCard:
         assert (facts["commit"], facts["corpus"]) == ("abc123", "essays")
 
 
-def test_directory_needs_no_raychat(folder, hub, tmp_path, source):
-    """Another interpreter that cannot import raychat loads the directory."""
-    import subprocess
-    import sys
-
-    copy = shutil.copytree(folder, tmp_path / "far" / "model")
-    code = (
-        "import sys; sys.modules['raychat'] = None\n"
-        "import torch, transformers\n"
-        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(copy)!r}, trust_remote_code=True)\n"
-        "print(float(model(torch.arange(40)[None]).logits.detach().double().sum()))"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+def test_directory_needs_no_raychat(folder, hub, ours, tmp_path, source, monkeypatch):
+    """Where raychat cannot be imported, its code is read and computes the same."""
+    copy = shutil.copytree(folder, tmp_path / "far")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "raychat"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    far = hub.AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
+    with pytest.raises(ImportError):
+        importlib.import_module("raychat")
+    monkeypatch.undo()
+    assert type(far).__module__.startswith("transformers_modules.far.")
     with torch.no_grad():
-        expected = source.load(CPU, F32).model(torch.arange(40)[None]).double().sum()
-    assert float(ran.stdout.split()[-1]) == pytest.approx(float(expected), rel=1e-4)
+        assert (far(probe(source)).logits - ours.model(probe(source))).abs().max() < 1e-5

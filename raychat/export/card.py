@@ -29,7 +29,7 @@ or to follow instructions, and what it says may be false, biased or offensive.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(PATH)
+tokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
 inputs = tokenizer("The largest city of Japan is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))

@@ -154,12 +154,14 @@ class RaychatForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         past_key_values: Any = None,
         logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Float32 logits (B, T, V) of `input_ids` (B, T), of the last `logits_to_keep` positions alone if that is not 0.
 
         `attention_mask` (B, T) is 0 at padding. With `labels`, which are shifted here and of which -100 does not count, also
-        the mean cross entropy in nats.
+        the mean cross entropy in nats; of a part of a larger batch, the share that is its part of the mean over the
+        `num_items_in_batch` labels of the whole, as transformers' Trainer expects it.
         """
         if use_cache or past_key_values is not None:
             raise ValueError(
@@ -174,7 +176,11 @@ class RaychatForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             if logits_to_keep:
                 raise ValueError("labels need the logits of all positions: leave logits_to_keep out.")
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            targets = labels[:, 1:].flatten()
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction=reduction)
+            if num_items_in_batch is not None:
+                loss = loss / num_items_in_batch
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     def _hidden(self, idx: Tensor, real: Tensor | None) -> Tensor:
