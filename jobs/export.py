@@ -17,10 +17,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat import cli
+from raychat.errors import ConfigError
+from raychat.uris import public_uri
 
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
+    if not args.output or "://" in args.output:
+        raise ConfigError(
+            f"--output {public_uri(args.output)!r} is no folder of this machine, and exports are written to one: give it, "
+            "and copy it to a bucket afterwards."
+        )
     from raychat.export.source import find_source  # after the flags: torch takes seconds to load
     from raychat.export.write import export
     from raychat.training.device import DTYPES

@@ -100,8 +100,19 @@ def test_mistakes_are_refused_before_anything_is_written(job, base, tmp_path):
         job([*flags, "--model-tag", "broken"])
     assert not output.exists()
     output.write_text("a file")
-    with pytest.raises(ConfigError, match="is there and not empty"):
-        job([*flags, "--model-tag", "tiny"])
+    for place in (output, output / "below"):
+        with pytest.raises(ConfigError, match=rf"--output {place}: {output} is a file"):
+            job([*flags, "--model-tag", "tiny", "--output", str(place)])
+    assert output.read_text() == "a file"
+
+
+def test_output_that_is_no_folder_of_this_machine_is_refused(job, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("s3://user:hidden@bucket/x", ""):
+        with pytest.raises(ConfigError, match="is no folder of this machine") as refused:
+            job(["--format", "lineage", "--output", place, "--base-dir", str(base)])
+        assert "hidden" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_source_may_be_sent_to_another_process(base):

@@ -11,7 +11,9 @@ from s3_server import s3_server
 
 from raychat.errors import CheckpointError, ConfigError, DataError
 from raychat.export.source import find_source
+from raychat.export.write import export
 from raychat.model import GPT
+from raychat.storage import Store
 from raychat.training import checkpoint
 from raychat.training.build import gpt_config
 
@@ -57,14 +59,14 @@ def test_newest_run_gives_its_newest_checkpoint(trained):
     assert not loaded.model.training
 
 
-@pytest.mark.parametrize("within", [".", "checkpoints/step_00000002"], ids=["run", "checkpoint"])
+@pytest.mark.parametrize("within", [".", "checkpoints", "checkpoints/step_00000002"])
 def test_run_directory_alone_is_enough(moved, within, monkeypatch, tmp_path):
     """It keeps a copy of its tokenizer, so nothing of the base directory is needed."""
     monkeypatch.setenv("RAYCHAT_BASE_DIR", str(tmp_path / "empty"))
     for record in moved.glob("checkpoints/*/checkpoint.json"):
         assert str(tmp_path) not in json.loads(record.read_text())["config"]["base_dir"]
     source = find_source(path=str(moved / within), base_dir=str(tmp_path / "empty"))
-    assert source.step == (4 if within == "." else 2)
+    assert source.step == (2 if "step" in within else 4)
     assert source.run_dir == moved
     assert Path(source.tokenizer_address).is_relative_to(moved)
     assert source.load(CPU).tokenizer.vocab_size == 300
@@ -124,27 +126,75 @@ class TestTokenizer:
             find_source(**where(trained), tokenizer=str(FIXTURES / "format-1" / "tokenizer"))
 
 
-def test_run_in_a_bucket_is_found_and_loaded_with_its_tokenizer(own_config, tmp_path):
-    """By tag, by the URI of the run and by that of the checkpoint; no password goes into what may be shown."""
+@pytest.fixture(scope="module")
+def server():
+    """An S3 server with the bucket `bucket`."""
     with s3_server() as server:
         server.make_bucket("bucket")
-        config = own_config(storage_path=server.uri("bucket/runs"), model_tag="far", num_iterations=2)
-        run_here(config)
-        base = {"base_dir": str(tmp_path / "empty")}
-        found = [
-            find_source(storage_path=server.uri("bucket/runs"), **base),
-            find_source(path=server.uri("bucket/runs/far"), **base),
-            find_source(path=server.uri("bucket/runs/far/checkpoints/step_00000002"), **base),
-        ]
-        for source in found:
-            assert (source.name, source.step, source.run_dir) == ("far", 2, None)
-            assert "hidden" not in repr(source)
-        assert (
-            find_source(storage_path=server.uri("bucket/runs"), base_dir=str(config.base_dir)).run_dir == config.run_dir
-        )
-        loaded = found[0].load(CPU)
+        yield server
+
+
+def test_run_in_a_bucket_is_found_and_loaded_with_its_tokenizer(server, own_config, tmp_path):
+    """By tag, by the URI of the run and by that of the checkpoint; no password goes into what may be shown."""
+    config = own_config(storage_path=server.uri("bucket/runs"), model_tag="far", num_iterations=2)
+    run_here(config)
+    base = {"base_dir": str(tmp_path / "empty")}
+    found = [
+        find_source(storage_path=server.uri("bucket/runs"), **base),
+        find_source(path=server.uri("bucket/runs/far"), **base),
+        find_source(path=server.uri("bucket/runs/far/checkpoints/step_00000002"), **base),
+    ]
+    for source in found:
+        assert (source.name, source.step, source.run_dir) == ("far", 2, None)
+        assert "hidden" not in repr(source)
+    assert find_source(storage_path=server.uri("bucket/runs"), base_dir=str(config.base_dir)).run_dir == config.run_dir
+    loaded = found[0].load(CPU)
     assert loaded.tokenizer.vocab_size == 300
     assert loaded.model.resid_lambdas.abs().sum() > 0
+
+
+@pytest.fixture(scope="module")
+def exported(trained, server, tmp_path_factory):
+    """Addresses in the bucket of an export of `trained` in each layout."""
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    source = find_source(**where(trained))
+    export(source, folder, ("lineage", "huggingface"), dtype=torch.float32, echo=lambda line: None)
+    there = Store.of(server.uri("bucket/out"))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            there.write_bytes(str(path.relative_to(folder)), path.read_bytes())
+    return {layout: there.child(layout).address for layout in ("lineage", "huggingface")}
+
+
+@pytest.mark.parametrize("layout", ["lineage", "huggingface"])
+def test_export_in_a_bucket_is_the_same_model(exported, trained, layout):
+    source = find_source(path=exported[layout])
+    assert (source.kind, source.name, source.step, source.run_dir) == ("export", layout, 4, None)
+    assert "hidden" not in repr(source)
+    loaded = source.load(CPU)
+    ids = torch.tensor([[loaded.tokenizer.bos_id, *loaded.tokenizer.encode("kalomi")]])
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids), saved_logits(trained, 4, ids))
+
+
+def test_damaged_export_in_a_bucket_is_refused(exported):
+    there = Store.of(exported["huggingface"])
+    whole = there.read_bytes("model.safetensors")
+    there.write_bytes("model.safetensors", whole[:-1] + b"\x7f")
+    with pytest.raises(CheckpointError, match=r"model.safetensors is missing or damaged"):
+        find_source(path=there.address)
+    there.write_bytes("model.safetensors", whole)
+
+
+def test_run_begins_with_weights_in_a_bucket_and_keeps_no_password(exported, own_config):
+    """Its settings name the place without credentials."""
+    given = {"eval_every": -1, "num_iterations": 1, "seed": 7}
+    ran = run_here(own_config(**given, init_from=exported["lineage"], model_tag="new"))
+    random = run_here(own_config(**given, model_tag="random"))
+    assert ran.losses[0] < random.losses[0]  # the weights have seen four batches
+    text = "".join(path.read_text() for path in ran.run_dir.iterdir() if path.suffix in (".json", ".jsonl"))
+    assert "bucket/out/lineage" in text
+    assert "hidden" not in text
 
 
 def test_mistakes_name_what_there_is(trained, tmp_path):
@@ -156,6 +206,8 @@ def test_mistakes_name_what_there_is(trained, tmp_path):
         find_source(base_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="is not there"):
         find_source(path=str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="is a file: give the folder that it is in"):
+        find_source(path=str(trained.run_dir / "config.json"))
     with pytest.raises(ConfigError, match="give one of them"):
         find_source(path=str(tmp_path), model_tag="tiny")
     with pytest.raises(ConfigError, match="is of step 4"):

@@ -136,6 +136,8 @@ class _Asked:
 
 
 def _at(place: Store, asked: _Asked) -> Source:
+    if place.is_local and place.path.is_file():
+        raise ConfigError(f"{place} is a file: give the folder that it is in.")
     names = place.names()
     if checkpoint.META in names or checkpoint.MARKER in names:
         found = checkpoint.verify(place)
@@ -147,6 +149,8 @@ def _at(place: Store, asked: _Asked) -> Source:
         return _from_checkpoint(found, _parent(folder) if _name(folder) == "checkpoints" else None, asked)
     if "checkpoints" in names:
         return _in_run(place, asked)
+    if _name(place) == "checkpoints" and checkpoint.steps(place):
+        return _in_run(_parent(place), asked)
     if exported := open_export(place, asked.step):
         return _from_export(exported, asked)
     raise ConfigError(

@@ -103,8 +103,11 @@ def _write_one(
 
 
 def _refuse_full(folder: Path, targets: list[Path]) -> None:
-    for place in {folder, *targets}:
-        if place.exists() and (not place.is_dir() or (place in targets and any(place.iterdir()))):
+    lowest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not lowest.is_dir():
+        raise ConfigError(f"--output {folder}: {lowest} is a file, and nothing is written over. Give another folder.")
+    for place in targets:
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise ConfigError(f"--output {place} is there and not empty: nothing is written over. Give another folder.")
 
 
