@@ -4,6 +4,7 @@ import functools
 import hashlib
 import io
 import json
+import random
 import re
 import stat
 import tarfile
@@ -273,3 +274,38 @@ def test_line_separators_inside_a_text_do_not_end_a_line(folder, tmp_path):
     assert len(load(folder, tmp_path).tasks[2].items) == 5
     write_items(path, items)
     assert len(load(folder, tmp_path).tasks[2].items) == 5
+
+
+def test_a_password_in_the_address_is_told_nobody(folder, site, tmp_path):
+    root, address, _ = site
+    (root / "b.zip").write_bytes(zipped(folder))
+    lines, secret = [], address.replace("//", "//me:geheim@")
+    load(f"{secret}/b.zip?token=geheim", tmp_path, lines)
+    with pytest.raises(DataError, match="404") as error:
+        load(f"{secret}/gone.zip", tmp_path)
+    with pytest.raises(ConfigError) as other:
+        load("s3://me:geheim@bucket/b.zip", tmp_path)
+    written = [path.read_text() for path in (tmp_path / "cache").glob("*.sha256")]
+    assert any("b.zip" in text for text in written)
+    assert "geheim" not in "".join([*lines, *written, str(error.value), str(other.value)])
+
+
+def test_an_archive_with_a_password_or_of_spoilt_xz_is_refused_in_words(folder, tmp_path):
+    body = bytearray(zipped(folder))
+    entry = body.rindex(b"PK\x01\x02")
+    while entry >= 0:  # the flag that says: encrypted
+        body[entry + 8] |= 1
+        entry = body.rfind(b"PK\x01\x02", 0, entry)
+    (tmp_path / "locked.zip").write_bytes(body)
+    with pytest.raises(DataError, match="without a password"):
+        load(tmp_path / "locked.zip", tmp_path)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:xz") as archive:
+        member = tarfile.TarInfo("core.yaml")
+        member.size = 2**20
+        archive.addfile(member, io.BytesIO(random.Random(0).randbytes(2**20)))
+    spoilt = bytearray(packed.getvalue())
+    spoilt[-100_000:-90_000] = bytes(10_000)
+    (tmp_path / "spoilt.tar.xz").write_bytes(spoilt)
+    with pytest.raises(DataError, match="damaged"):
+        load(tmp_path / "spoilt.tar.xz", tmp_path)

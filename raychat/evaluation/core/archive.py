@@ -1,6 +1,7 @@
 """A CORE bundle that comes as a zip or tar: fetched once, checked, and unpacked whole or not at all."""
 
 import hashlib
+import lzma
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 from raychat.atomic import sync_folder, write_text
 from raychat.data.download import Job, download_all
 from raychat.errors import ConfigError, DataError
+from raychat.uris import public_uri
 
 
 def unpacked(place: str, cache: Path, echo: Callable[[str], None]) -> Path:
@@ -40,11 +42,13 @@ def unpacked(place: str, cache: Path, echo: Callable[[str], None]) -> Path:
         return folder if folder.is_dir() else _unpack(archive, folder, place, digest, echo)
     if scheme not in ("http", "https"):
         raise ConfigError(
-            f"--core-bundle={place} cannot be fetched: only http:// and https:// can. Copy it to a folder."
+            f"--core-bundle={public_uri(place)} cannot be fetched: only http:// and https:// can. Copy it to a folder."
         )
     wanted = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if fragment and not wanted:
-        raise ConfigError(f"--core-bundle={place}: after # only sha256= and 64 hexadecimal digits can stand.")
+        raise ConfigError(
+            f"--core-bundle={public_uri(place)}: after # only sha256= and 64 hexadecimal digits can stand."
+        )
     return _fetched(place, wanted and wanted[1].lower(), cache, echo)
 
 
@@ -55,9 +59,12 @@ def _fetched(place: str, sha256: str | None, cache: Path, echo: Callable[[str], 
     if folder.is_dir():
         return folder
     archive = folder.with_name(folder.name + ".archive")
-    download_all([Job(url=url, target=archive, sha256=sha256)], label="CORE bundle", echo=echo)
     try:
-        return _unpack(archive, folder, url, _sha256(archive), echo)
+        download_all([Job(url=url, target=archive, sha256=sha256)], label="CORE bundle", echo=echo)
+    except DataError as error:
+        raise DataError(str(error).replace(url, public_uri(url))) from None
+    try:
+        return _unpack(archive, folder, public_uri(url), _sha256(archive), echo)
     finally:
         archive.unlink(missing_ok=True)
 
@@ -77,8 +84,10 @@ def _unpack(archive: Path, folder: Path, place: str, digest: str, echo: Callable
         write_text(folder.with_name(folder.name + ".sha256"), f"{digest}  {place}\n")
         staging.replace(folder)
         sync_folder(folder.parent)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError) as error:
         raise DataError(f"the CORE bundle {place} is damaged: {error}. Fetch it again.") from None
+    except RuntimeError as error:  # what zipfile raises for a password, and for a compression it does not know
+        raise DataError(f"the CORE bundle {place} cannot be unpacked: {error}. Pack it without a password.") from None
     except OSError as error:
         if not folder.is_dir():  # else another process was quicker
             raise DataError(f"the CORE bundle {place} cannot be unpacked to {folder}: {error}.") from None
