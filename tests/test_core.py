@@ -210,6 +210,15 @@ def test_examples_stand_in_front_and_only_the_space_of_the_continuation_is_its_o
     assert tokenizer.decode(q.rows[0].ids[q.rows[0].start :]) == f" {answer_}"
 
 
+def test_every_item_is_shown_the_examples_that_are_drawn_from_a_list_of_the_others(bundle):
+    task = bundle.tasks[0]
+    for index, item in enumerate(task.items):
+        others = [other for i, other in enumerate(task.items) if i != index]
+        drawn = random.Random(1234 + index).sample(others, task.shots)
+        shots = [prompt + task.delimiter + choice for prompt, choice in (one.options[one.gold] for one in drawn)]
+        assert texts(task, index)[0] == "\n\n".join([*shots, task.delimiter.join(item.options[0])])
+
+
 def test_a_row_that_is_too_long_keeps_its_end_and_scores_what_is_left(tokenizer, bundle):
     whole, short = question(bundle.tasks[0], 0, tokenizer, 2560), question(bundle.tasks[0], 0, tokenizer, 10)
     for row, cut in zip(whole.rows, short.rows, strict=True):
