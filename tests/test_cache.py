@@ -1,7 +1,9 @@
 """The cache: whatever the chunks, a model with a cache computes what it computes in one pass."""
 
+import gc
 import json
 import random
+import weakref
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,20 @@ def test_windowed_layers_keep_their_window_only():
     in_chunks(model, cache, tokens(2, 1000, SMALL), [500, 500])
     assert cache.num_bytes == (3 * 129 + 4 * GRAIN) * position
     assert cache.select([0]).num_bytes == cache.num_bytes / 2
+
+
+def test_the_masks_of_a_pass_go_with_it():
+    """At once, not when the collector comes by: on a GPU they may be large."""
+    model, idx = lively(SMALL), tokens(2, 300, SMALL)
+    cache = KVCache(model, 2)
+    in_chunks(model, cache, idx[:, :200], [150, 50])
+    last = weakref.ref(cache._pass)
+    gc.disable()
+    try:
+        model(idx[:, 200:], cache=cache)
+        assert last() is None
+    finally:
+        gc.enable()
 
 
 def test_no_slot_is_written_twice_in_one_pass():

@@ -8,7 +8,8 @@ Legend: B rows, n new positions per row (padded on the right), S slots of a laye
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,7 @@ from raychat.errors import ConfigError
 from raychat.model.attention import attend, attend_seen
 from raychat.model.gpt import GPT
 
+Result = TypeVar("Result")
 GRAIN = 256  # positions by which the memory of a layer grows: a copy per 256 steps is little beside 256 reads
 
 
@@ -163,6 +165,21 @@ class KVCache:
         return min(-(-longest // GRAIN) * GRAIN, self.capacity, self.capacity if window is None else window + 1)
 
 
+def _once_per_span(method: Callable[["_Pass", int], Result]) -> Callable[["_Pass", int], Result]:
+    """Remember results with the pass. Not functools.cache: a pass that holds itself keeps its masks until the collector
+    comes by, on a GPU too.
+    """
+
+    @functools.wraps(method)
+    def known(self: "_Pass", span: int) -> Result:
+        key = method.__name__, span
+        if key not in self._known:
+            self._known[key] = method(self, span)
+        return self._known[key]
+
+    return known
+
+
 class _Pass:
     """One pass: which positions are new, where a layer keeps them, and what the new queries see there.
 
@@ -178,16 +195,15 @@ class _Pass:
         self._start, self._count = torch.tensor(starts, dtype=torch.long), torch.tensor(counts, dtype=torch.long)
         self._position = self._start[:, None] + torch.arange(n)  # (B, n)
         self.positions = self._position.to(device)
-        self.places = functools.cache(self._places)
-        self.seen_within = functools.cache(self._seen_within)
-        self.seen_beside = functools.cache(self._seen_beside)
+        self._known: dict[tuple[str, int], Any] = {}
 
     @functools.cached_property
     def counts(self) -> Tensor:
         """New positions per row, on the device."""
         return self._count.to(self._device)
 
-    def _places(self, span: int) -> tuple[Tensor, Tensor, Tensor]:
+    @_once_per_span
+    def places(self, span: int) -> tuple[Tensor, Tensor, Tensor]:
         """Row, offset in the pass, and slot of every new position that a layer keeps: the last `span` of each row."""
         offset = torch.arange(self.n)
         kept = (offset < self._count[:, None]) & (offset >= self._count[:, None] - span)
@@ -195,7 +211,8 @@ class _Pass:
         slots = (self._start[rows] + offsets) % span
         return rows.to(self._device), offsets.to(self._device), slots.to(self._device)
 
-    def _seen_within(self, span: int) -> Tensor | None:
+    @_once_per_span
+    def seen_within(self, span: int) -> Tensor | None:
         """(B, n, S): what queries see of the slots once the new positions are in them; None: everything.
 
         Either n is 1, and a full ring holds just what the one query sees, or nothing was overwritten.
@@ -204,7 +221,8 @@ class _Pass:
         seen = slot <= self._position[..., None]
         return None if seen.all() else seen.to(self._device)
 
-    def _seen_beside(self, span: int) -> Tensor:
+    @_once_per_span
+    def seen_beside(self, span: int) -> Tensor:
         """(B, n, S + n): what queries see of the old slots of a ring, and of the new positions beside them."""
         newest = self._start[:, None] - 1
         slot = torch.arange(min(span, max(self.starts)))
