@@ -169,6 +169,10 @@ def speed(prompt_tokens: int, lengths: Sequence[int], clock: Sequence[float]) ->
 
 def converse(writer: Writer) -> None:
     """Continue what is typed, or what a pipe holds, line by line. Ctrl-C stops a text, and at a prompt the program."""
+    if sys.stdin is None:
+        raise ConfigError(
+            "There is nothing to continue: stdin is closed. Give --prompt, or a file with prompts on stdin."
+        )
     typed = sys.stdin.isatty()
     for line in typed_lines() if typed else (line.rstrip("\r\n") for line in sys.stdin):
         if not line:
@@ -189,11 +193,14 @@ def typed_lines() -> Iterator[str]:
     """Lines from a terminal, with editing, until Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # input() uses it once it is there
+    ask = "> "
     while True:
+        if not sys.stdout.isatty():  # the texts go to a file, where the sign would be among them
+            print(ask, end="", file=sys.stderr, flush=True)
         try:
-            yield input("> ")
+            yield input(ask if sys.stdout.isatty() else "")
         except EOFError:
-            show("\n")
+            print(file=sys.stdout if sys.stdout.isatty() else sys.stderr, flush=True)
             return
 
 

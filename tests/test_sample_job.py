@@ -15,6 +15,7 @@ from runs import run_here
 
 from raychat import cli
 from raychat.config import Config
+from raychat.errors import ConfigError
 from raychat.export.source import find_source
 from raychat.model import generation
 
@@ -101,6 +102,26 @@ def test_a_terminal_is_asked_line_by_line_until_ctrl_d(where, loaded):
         process.wait()
         process.stderr.close()
         os.close(ours)
+
+
+def test_the_prompt_sign_is_not_among_texts_that_go_to_a_file(job, monkeypatch, capsys):
+    typed = iter(["one", "two"])
+
+    def asked(sign):
+        sys.stdout.write(sign)
+        if (line := next(typed, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", asked)
+    assert list(job.typed_lines()) == ["one", "two"]
+    assert capsys.readouterr() == ("", "> > > \n")
+
+
+def test_without_a_prompt_and_without_stdin_there_is_a_message(job, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigError, match="Give --prompt"):
+        job.converse(None)
 
 
 def test_a_pipe_is_read_line_by_line_and_empty_lines_ask_nothing(run, loaded):
