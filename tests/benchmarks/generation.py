@@ -5,6 +5,7 @@
 d4 with T = 256 and 32,768 tokens, windows SSSL; a prompt of 56 tokens and 200 greedy ones after it; float32.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -57,6 +58,9 @@ def cached(model: GPT, prompt: list[int], rows: int = 1, sampling: Sampling = LI
 
 def main() -> None:
     """Every way once per round."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rounds", type=int, nargs="?", default=5, help="default: %(default)s")
+    rounds = parser.parse_args().rounds
     model = lively()
     prompt = torch.randint(CONFIG.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
     ways: dict[str, Callable[[], tuple[list[int], float]]] = {
@@ -68,7 +72,7 @@ def main() -> None:
         "cached, 32 rows": lambda: cached(model, prompt, rows=32),
     }
     speeds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 5):
+    for _ in range(rounds):
         texts = {}
         for way, run in ways.items():
             texts[way], speed = run()
