@@ -39,7 +39,7 @@ def code() -> list[str]:
 @pytest.fixture(scope="module")
 def tokenizer(code) -> Tokenizer:
     """Of 4,096 tokens, trained on a part of the code."""
-    return train_tokenizer(code[::8], vocab_size=4096, max_chars=700_000, echo=lambda line: None)
+    return train_tokenizer(code[::8], vocab_size=4096, max_chars=300_000, echo=lambda line: None)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from raychat.errors import CheckpointError, ConfigError
 from raychat.export.source import find_source
 from raychat.export.write import export
 from raychat.model import GPT
+from raychat.training import device
 from raychat.training.__main__ import read_here
 from raychat.training.build import train
 from raychat.training.events import Metrics
@@ -26,6 +27,14 @@ from raychat.training.loop import Signal
 from raychat.training.world import World
 
 F32 = torch.float32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small gain nothing from a second thread, and wait for it where other programs run."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(device, "_cores", lambda: 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +87,8 @@ def test_first_loss_is_that_of_the_exported_weights(config, own_config, weights)
 
 def test_ranks_begin_with_the_same_weights(config):
     """Rank 0 reads them; the losses of two ranks are those of one."""
-    one = run_here(config(model_tag="one"))
-    session = open_session(config())
+    one = run_here(config(model_tag="one", num_iterations=2))
+    session = open_session(config(num_iterations=2))
     job = dataclasses.asdict(session.begin_attempt(world_size=2))
     losses, none = run_ranks(_losses, 2, job)
     session.abort()
