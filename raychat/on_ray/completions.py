@@ -7,7 +7,6 @@ Everything here is a function of its arguments: no model, no server, no clock. F
 import hashlib
 import hmac
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -330,7 +329,7 @@ class _Given:
         value = self._values.get(name)
         if value is None:
             return default
-        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+        if type(value) not in (int, float) or not least <= value <= most:  # which nan is not
             self._refuse(name, f"must be a number from {least:g} to {most:g}", value)
         return float(value)
 
@@ -352,5 +351,7 @@ class _Given:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "an empty list", str: "a text", bool: "true or false", type(None): "nothing"}
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    names = {dict: "an object", str: "a text", bool: "true or false", type(None): "nothing"}
     return names.get(type(value), "a number")
