@@ -10,6 +10,7 @@ It listens on this machine only, unless --host says otherwise, which needs an AP
 import argparse
 import importlib.util
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -33,10 +34,11 @@ def main(args: list[str]) -> int:
     from raychat.on_ray import serving
 
     file = given.api_key_file
+    key = os.environ.pop(KEY_VARIABLE, "")  # out of the environment that the processes of Ray inherit
     settings = serving.Settings(
         host=given.host,
         port=given.port,
-        api_key=serving.read_key(file) if file else os.environ.get(KEY_VARIABLE, ""),
+        api_key=serving.read_key(file) if file else key,
         max_batch=given.max_batch,
         max_tokens=given.max_tokens,
         num_replicas=given.num_replicas,
@@ -51,7 +53,7 @@ def main(args: list[str]) -> int:
         base_dir=given.base_dir,
         storage_path=given.storage_path,
     )
-    key_hint = f"$(cat {file})" if file else f"${KEY_VARIABLE}"
+    key_hint = f"$(cat {shlex.quote(str(file))})" if file else f"${KEY_VARIABLE}"
     serving.run(source, settings, key_hint=key_hint, echo=lambda text: print(text, flush=True))
     return 0
 

@@ -5,9 +5,12 @@ import errno
 import hashlib
 import io
 import ipaddress
+import json
 import logging
+import shlex
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +20,7 @@ from typing import Any
 import ray
 import torch
 from ray import serve
+from ray._private.state import actors
 
 from raychat.checks import positive, require
 from raychat.config import Config
@@ -27,11 +31,17 @@ from raychat.on_ray.batcher import Batcher
 from raychat.on_ray.cluster import Cluster, connect
 from raychat.on_ray.completions import Limits
 from raychat.on_ray.endpoint import Access, Endpoint
+from raychat.on_ray.shift import TELL_S
+from raychat.on_ray.sizing import Patience
+from raychat.progress import format_duration
 from raychat.training.device import DTYPES, resolve
 
 APP = "raychat"
+REPLICA_NAMES = f"SERVE_REPLICA::{APP}#"  # how those of the actors begin
 QUEUED_PER_ROW = 4  # rows that may wait for each one that is generated for
 LOOK_EVERY_S = 5.0
+SLOW_AFTER_S = 10.0  # a start that has not said anything yet
+TICK_S = 0.2
 STOP_WITHIN_S = 5.0  # requests that run when the server is stopped
 
 
@@ -199,7 +209,8 @@ def served(source: Source, settings: Settings, cluster: Cluster, *, echo: Callab
     )
     echo(f"loading {source.place} on {settings.num_replicas} x {device_type}")
     try:
-        _start(part, settings)
+        with _telling(part, echo):
+            _start(part, settings)
         yield
     finally:
         # Ray prints that the controller, which ends itself, cannot be asked again to do so.
@@ -211,8 +222,8 @@ def curl_line(source: Source, settings: Settings, key_hint: str) -> str:
     """A request that works when it is pasted into a shell."""
     bearer = f' -H "Authorization: Bearer {key_hint}"' if settings.api_key else ""
     tokens = min(32, settings.max_tokens, source.gpt_config.sequence_len // 2)
-    body = f'{{"model": "{source.name}", "prompt": "The", "max_tokens": {tokens}}}'
-    return f"curl {settings.url}/v1/completions -H 'Content-Type: application/json'{bearer} -d '{body}'"
+    body = shlex.quote(json.dumps({"model": source.name, "prompt": "The", "max_tokens": tokens}))
+    return f"curl {settings.url}/v1/completions -H 'Content-Type: application/json'{bearer} -d {body}"
 
 
 def read_key(file: Path) -> str:
@@ -233,6 +244,7 @@ def _start(part: Part, settings: Settings) -> None:
         # The replica says itself when it is full (429): what Serve held back would wait without an answer.
         max_ongoing_requests=2 * (1 + QUEUED_PER_ROW) * part.max_batch + 100,
         graceful_shutdown_timeout_s=STOP_WITHIN_S,
+        graceful_shutdown_wait_loop_s=0.1,  # it waits that long also when no request runs
         max_constructor_retry_count=1,
     )
     replicas = as_deployment(serve.ingress()(Replica))
@@ -246,6 +258,42 @@ def _start(part: Part, settings: Settings) -> None:
         serve.run(replicas.bind(part), name=APP, route_prefix="/", logging_config=logs)
     except RuntimeError as error:
         raise _explained(error, part, settings) from error
+
+
+@contextlib.contextmanager
+def _telling(part: Part, echo: Callable[[str], None]) -> Iterator[None]:
+    """Say now and then what the start in this block waits for: Ray Serve itself waits in silence."""
+    over, patience = threading.Event(), Patience(TELL_S, first_s=SLOW_AFTER_S)
+
+    def tell() -> None:
+        # Whatever is wrong here, with the terminal or the cluster, the start itself runs into and says it better.
+        with contextlib.suppress(Exception):
+            while not over.wait(TICK_S):
+                if patience.due():
+                    echo(_waiting_line(part, patience.waited_s))
+
+    thread = threading.Thread(target=tell, name="telling")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _waiting_line(part: Part, waited_s: float) -> str:
+    begun: dict[str, Any] = actors(actor_state_name="ALIVE")
+    missing = part.replicas - sum(actor["Name"].startswith(REPLICA_NAMES) for actor in begun.values())
+    since = format_duration(waited_s)
+    kinds = ("CPU", "GPU") if part.device_type == "cuda" else ("CPU",)
+    free = ray.available_resources()
+    if missing <= 0 or all(free.get(kind, 0) >= 1 for kind in kinds):
+        return f"the model is being loaded, since {since}"
+    return (
+        f"waiting for room for {missing} of {part.replicas} replicas, since {since}: each needs "
+        f"{' and '.join(f'1 {kind}' for kind in kinds)}, and the cluster has "
+        f"{' and '.join(f'{free.get(kind, 0):g} {kind}s' for kind in kinds)} free"
+    )
 
 
 def _explained(error: RuntimeError, part: Part, settings: Settings) -> Exception:

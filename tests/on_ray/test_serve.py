@@ -1,30 +1,40 @@
 """A model served by Ray Serve, as its users meet it: OpenAI's own client, requests at once, a client that goes away."""
 
 import contextlib
+import json
+import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import openai
 import pytest
 import ray
 from endpoints import ask
+from ray.util.placement_group import placement_group, remove_placement_group
 from runs import run_here
 
-from on_ray.conftest import ROOT
+from on_ray.conftest import CPUS, ROOT
 from raychat.config import Config
 from raychat.errors import ConfigError, RaychatError
+from raychat.export.source import Source, find_source
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),  # Ray Serve's own
-]
+with warnings.catch_warnings():  # of Ray Serve's own imports
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from ray import serve
+    from ray.serve.context import _set_global_client as set_global_client
+
+    from raychat.on_ray import serving
+
+pytestmark = pytest.mark.ray
 
 KEY = "a-key-of-the-tests"
 
@@ -37,7 +47,6 @@ class Served:
     job: subprocess.Popen[str]
     said: list[str]
     key_file: Path
-    flags: list[str]
 
     @property
     def client(self) -> openai.OpenAI:
@@ -63,9 +72,15 @@ def run_dir(tiny_flags, prepared_base, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def source(run_dir, prepared_base) -> Source:
+    """That run's model."""
+    return find_source(path=str(run_dir), base_dir=str(prepared_base))
+
+
+@pytest.fixture(scope="module")
 def served(cluster, environment, run_dir, prepared_base, tmp_path_factory):
     port = free_port()
-    key_file = tmp_path_factory.mktemp("key") / "key.txt"
+    key_file = tmp_path_factory.mktemp("key") / "the key.txt"
     key_file.write_text(KEY + "\n")
     flags = [f"--path={run_dir}", f"--base-dir={prepared_base}", f"--address={cluster.address}"]
     flags += [f"--port={port}", f"--api-key-file={key_file}", "--max-batch=4", "--max-tokens=2000"]
@@ -81,7 +96,7 @@ def served(cluster, environment, run_dir, prepared_base, tmp_path_factory):
                 break
         else:
             pytest.fail("\n".join(said))
-        yield Served(port, job, said, key_file, flags)
+        yield Served(port, job, said, key_file)
     finally:
         job.send_signal(signal.SIGINT)
         job.communicate(timeout=60)
@@ -177,18 +192,17 @@ def test_the_line_to_paste_works(served):
     assert KEY not in "\n".join(served.said)
 
 
-def test_a_second_server_is_refused(served, environment):
+def test_a_second_server_is_refused(served, source, cluster):
     """On a cluster that serves, and on a port that is taken."""
-    done = subprocess.run(
-        [sys.executable, "jobs/serve.py", *served.flags], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "Ray Serve runs on this cluster already" in done.stderr
-    assert served.load()["status"] == "ok"
-    from raychat.on_ray.serving import Settings, check_port
-
+    with (
+        pytest.raises(ConfigError, match="Ray Serve runs on this cluster already"),
+        serving.served(source, serving.Settings(port=free_port()), cluster, echo=print),
+    ):
+        pytest.fail("it is served")
+    set_global_client(None)  # of a Serve that the job will end
     with pytest.raises(ConfigError, match=f"Port {served.port} is in use: give another --port"):
-        check_port(Settings(port=served.port), local=True)
+        serving.check_port(serving.Settings(port=served.port), local=True)
+    assert served.load()["status"] == "ok"
 
 
 def test_a_stop_ends_what_was_started_and_nothing_else(served, cluster):
@@ -197,28 +211,47 @@ def test_a_stop_ends_what_was_started_and_nothing_else(served, cluster):
     rest = served.job.stdout.read()
     assert served.job.returncode == 0, rest
     assert rest == "stopped\n"
-    from ray import serve
-
     assert not serve.status().applications
     assert ray.cluster_resources()["CPU"] > 0
     with pytest.raises(OSError, match="refused"):
         ask(served.port, "/health")
 
 
-def test_a_model_that_cannot_be_loaded_ends_with_the_reason(cluster, run_dir, prepared_base):
-    """The mistake shows in the replica, and comes to the user without its traceback."""
-    from raychat.export.source import find_source
-    from raychat.on_ray.serving import Settings, served
+def test_a_start_says_what_it_waits_for_and_why_it_fails(cluster, source, monkeypatch):
+    """It waits for a CPU until it has said so; then its model cannot be loaded, which the user hears without traceback."""
+    monkeypatch.setattr(serving, "SLOW_AFTER_S", 0.1)
+    monkeypatch.setattr(serving, "TELL_S", 0.5)
+    all_cpus = placement_group([{"CPU": 1}] * CPUS)
+    ray.get(all_cpus.ready())
+    said = []
 
-    source = find_source(path=str(run_dir), base_dir=str(prepared_base))
-    settings = Settings(port=free_port(), device_type="mps")
+    def echo(line):
+        said.append(line)
+        pending = serving.actors(actor_state_name="PENDING_CREATION").values()
+        if any(actor["Name"].startswith(serving.REPLICA_NAMES) for actor in pending):
+            remove_placement_group(all_cpus)
+
     with (
         pytest.raises(
             RaychatError, match=r"step_00000001 cannot be served: --device-type mps: .* Use --device-type cpu"
         ),
-        served(source, settings, cluster, echo=lambda line: None),
+        serving.served(source, serving.Settings(port=free_port(), device_type="mps"), cluster, echo=echo),
     ):
         pytest.fail("it is served")
+    lines = [re.sub(r"since \d+s", "since", line) for line in said[1:]]
+    waiting = "waiting for room for 1 of 1 replicas, since: each needs 1 CPU, and the cluster has 0 CPUs free"
+    loading = "the model is being loaded, since"
+    turn = lines.index(loading)
+    assert turn > 0
+    assert set(lines[:turn]) == {waiting}
+    assert set(lines[turn:]) == {loading}
+
+
+def test_the_line_to_paste_holds_any_name(source):
+    """A folder may be named with what a shell takes for its own."""
+    line = serving.curl_line(replace(source, name="it's $HOME"), serving.Settings(), "")
+    *_, body = shlex.split(line)
+    assert json.loads(body)["model"] == "it's $HOME"
 
 
 @pytest.mark.parametrize(
@@ -237,6 +270,15 @@ def test_what_cannot_be_served_is_refused(flags, says, monkeypatch):
     job = load_job()
     with pytest.raises(ConfigError, match=re.escape(says)):
         job.main(flags)
+
+
+def test_the_key_is_not_in_the_environment_that_ray_inherits(monkeypatch):
+    monkeypatch.setenv("RAYCHAT_API_KEY", KEY)
+    job = load_job()
+    with pytest.raises(ConfigError, match="--port must be") as caught:
+        job.main(["--port=0"])
+    assert "RAYCHAT_API_KEY" not in os.environ
+    assert KEY not in str(caught.value)
 
 
 def test_without_the_extra_the_message_names_it(monkeypatch):
