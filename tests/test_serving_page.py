@@ -144,8 +144,8 @@ def test_a_visitor_continues_a_text(browser, tokenizer):
 def test_the_page_says_what_is_wrong_and_asks_for_a_key(browser, tokenizer):
     with serving(tokenizer, Access(key_sha256=KEY_SHA256)) as port:
         browser.open(port)
-        browser.until("!at('key-row').hidden")
-        assert "wants an API key" in browser.js("at('status').textContent")
+        browser.until("/wants an API key/.test(at('status').textContent)")
+        assert not browser.js("at('key-row').hidden")
         browser.js("at('key').value = 'wrong'; at('go').click()")
         browser.until("/not the API key/.test(at('status').textContent)")
         browser.screenshot("key")
