@@ -61,8 +61,15 @@ def test_the_front_door_loads_no_torch():
     assert loaded.isdisjoint({"torch", "numpy", "pyarrow", "ray", "mlflow"})
 
 
-@pytest.mark.parametrize("job", ["pretrain", "prepare_data", "train_tokenizer"])
-@pytest.mark.parametrize("flags", [["--help"], ["--preset", "demo", "--dry-run"]], ids=lambda flags: flags[-1])
+TRAINING = ("pretrain", "prepare_data", "train_tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("job", "flags"),
+    [(job, flags) for job in TRAINING for flags in (["--help"], ["--preset", "demo", "--dry-run"])]
+    + [("serve", ["--help"])],
+    ids=lambda value: value if isinstance(value, str) else value[-1],
+)
 def test_help_and_dry_run_load_neither_torch_nor_ray(job, flags, tmp_path):
     code = (
         "import runpy, sys\n"
