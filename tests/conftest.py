@@ -2,13 +2,14 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raychat.config import Config
+from raychat.training import device
 
 SYLLABLES = ("ka", "lo", "mi", "ru", "te", "sha", "von", "pel", "qui", "ster", "and", "ing")
 
@@ -23,6 +24,14 @@ def write_corpus(folder: Path, *, files: int = 3, documents: int = 40, longest: 
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
         (folder / f"part-{number}.jsonl").write_text("".join(lines))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Runs in this process resolve to one thread: models of these sizes only wait for a second one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_cores", lambda: 1)
+        yield
 
 
 @pytest.fixture(scope="session")

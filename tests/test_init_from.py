@@ -18,7 +18,6 @@ from raychat.errors import CheckpointError, ConfigError
 from raychat.export.source import find_source
 from raychat.export.write import export
 from raychat.model import GPT
-from raychat.training import device
 from raychat.training.__main__ import read_here
 from raychat.training.build import train
 from raychat.training.events import Metrics
@@ -27,14 +26,6 @@ from raychat.training.loop import Signal
 from raychat.training.world import World
 
 F32 = torch.float32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second thread, and wait for it where other programs run."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(device, "_cores", lambda: 1)
-        yield
 
 
 @pytest.fixture(scope="module")

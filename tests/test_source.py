@@ -14,19 +14,11 @@ from raychat.export.source import find_source
 from raychat.export.write import export
 from raychat.model import GPT
 from raychat.storage import Store
-from raychat.training import checkpoint, device
+from raychat.training import checkpoint
 from raychat.training.build import gpt_config
 
 CPU = torch.device("cpu")
 FIXTURES = Path(__file__).parent / "fixtures"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second thread, and wait for it where other programs run."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(device, "_cores", lambda: 1)
-        yield
 
 
 @pytest.fixture(scope="module")
