@@ -291,6 +291,14 @@ def test_two_downloads_of_one_file_ask_once(server, target):
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
+def test_passwords_and_tokens_in_an_address_are_told_nobody(target, caplog):
+    url = "http://me:geheim@127.0.0.1:1/x?token=geheim"
+    with pytest.raises(DataError, match="127.0.0.1") as told:
+        download(url, target, attempts=2, backoff_s=0.01)
+    assert "127.0.0.1" in caplog.text
+    assert "geheim" not in caplog.text + str(told.value)
+
+
 def test_a_session_handed_in_stays_open(server, target, monkeypatch):
     with requests.Session() as session:
         closed = []

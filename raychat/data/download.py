@@ -14,11 +14,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 import requests
 
 from raychat.errors import DataError
 from raychat.progress import Progress
+from raychat.uris import public_uri
 
 # A chunk that a break leaves incomplete is lost, so chunks are small.
 CHUNK_BYTES = 2**14
@@ -96,7 +98,7 @@ def download(
             part.replace(target)
     except OSError as error:
         raise DataError(
-            f"{url} cannot be stored as {target}: {error}. Free disk space or choose another --base-dir; "
+            f"{public_uri(url)} cannot be stored as {target}: {error}. Free disk space or choose another --base-dir; "
             "what has arrived is kept and continued."
         ) from None
 
@@ -177,9 +179,10 @@ class _Transfer:
                 if answer.status_code != 416:  # whose body is an error page, not the file
                     self._store(answer)
         except UNREACHABLE as error:
-            raise _RetryError(f"{type(error).__name__}: {error}") from None
+            raise _RetryError(f"{type(error).__name__}: {_told(self.url, error)}") from None
         except requests.RequestException as error:
-            raise DataError(f"{self.url} cannot be downloaded: {error}. Check the address.") from None
+            told = _told(self.url, error)
+            raise DataError(f"{public_uri(self.url)} cannot be downloaded: {told}. Check the address.") from None
         finally:
             self.file.flush()
         size = self.size()
@@ -216,15 +219,27 @@ class _Transfer:
         if answer.status_code == 429 or answer.status_code >= 500:
             raise _RetryError(f"the server answered {answer.status_code}", _retry_after_s(answer))
         raise DataError(
-            f"{self.url} cannot be downloaded: the server answered {answer.status_code} {answer.reason}. "
+            f"{public_uri(self.url)} cannot be downloaded: the server answered {answer.status_code} {answer.reason}. "
             "Check the address, and that it can be reached without signing in."
         )
+
+
+def _told(url: str, error: Exception) -> str:
+    """The message of `error` without the secrets of `url`, which it may quote whole or from the path on."""
+    public, text = public_uri(url), str(error)
+    for quoted, shown in ((url, public), (_from_path(url), _from_path(public))):
+        text = text.replace(quoted, shown)
+    return text
+
+
+def _from_path(url: str) -> str:
+    return urlsplit(url)._replace(scheme="", netloc="").geturl()
 
 
 def _try_repeatedly(transfer: _Transfer, attempts: int, backoff_s: float, check: Callable[[str | None], None]) -> None:
     """Attempt until the file is whole and passes `check`."""
     transfer.report(transfer.size())
-    failures, farthest = 0, transfer.size()
+    failures, farthest, shown = 0, transfer.size(), public_uri(transfer.url)
     while True:
         try:
             digest = transfer.attempt()
@@ -240,11 +255,11 @@ def _try_repeatedly(transfer: _Transfer, attempts: int, backoff_s: float, check:
             farthest = max(farthest, transfer.size())
             if failures >= attempts:
                 raise DataError(
-                    f"{transfer.url} cannot be downloaded: {error} (attempt {failures} of {attempts}). "
+                    f"{shown} cannot be downloaded: {error} (attempt {failures} of {attempts}). "
                     "Check the network and start again: what has arrived is kept and continued."
                 ) from None
             pause = max(error.wait_s, min(MAX_WAIT_S, backoff_s * 2 ** (failures - 1)))
-            log.warning("%s: %s; attempt %d of %d in %.0f s", transfer.url, error, failures + 1, attempts, pause)
+            log.warning("%s: %s; attempt %d of %d in %.0f s", shown, error, failures + 1, attempts, pause)
             if transfer.cancelled.wait(pause):
                 raise _CancelledError from None
 
