@@ -1,6 +1,7 @@
 """Where a trained model comes from: a checkpoint of a run, or an exported directory; found cheaply, loaded on demand."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,9 @@ from raychat.storage import Store
 from raychat.training import checkpoint
 from raychat.training.build import gpt_config
 from raychat.training.device import DTYPES, resolve
+from raychat.training.evaluate_checkpoint import APART
 from raychat.training.exported import Exported, open_export
+from raychat.training.world import World
 from raychat.uris import public_uri
 
 log = logging.getLogger(__name__)
@@ -77,7 +80,10 @@ class Source:
         model.to_empty(device=device)
         model.attention_backend = choose_backend(device, dtype)[0]
         with _as_checkpoint_error(self.place):
-            (self._exported() if self.kind == "export" else checkpoint.trusted(self.address)).load(model)
+            if self.kind == "export":
+                self._exported().load(model)
+            else:  # the temporary folder has the name of the rank: training here, and other processes, have their own
+                checkpoint.trusted(self.address).load(model, world=World(rank=2 * APART + os.getpid()))
         return Loaded(model.eval(), open_tokenizer(Store.of(self.tokenizer_address)))
 
     def _exported(self) -> Exported:
