@@ -57,6 +57,12 @@ def address_of(config: Config) -> str:
     return config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
+def local_cpus(config: Config) -> int:
+    """CPUs of a cluster on this machine. Workers are processes that share its cores: their number is the user's to choose."""
+    workers = 1 if config.cluster.num_workers == "auto" else config.cluster.num_workers
+    return max(os.cpu_count() or 1, workers + max(1, config.eval.eval_workers))
+
+
 def code_path() -> list[str]:
     """Where workers find raychat as this process did: the checkout, unless raychat is installed where Ray is.
 
@@ -80,13 +86,11 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it says that the safe default holds
     check_reachable(address)
     local = address == "local"
-    workers = config.cluster.num_workers if config.cluster.num_workers != "auto" else 1
     echo("starting Ray on this machine" if local else f"connecting to Ray at {address}")
     try:
-        # Workers are processes that share the cores of this machine: their number is the user's to choose.
         context = ray.init(
             address=address,
-            num_cpus=max(os.cpu_count() or 1, workers + 1) if local else None,
+            num_cpus=local_cpus(config) if local else None,
             object_store_memory=OBJECT_STORE_BYTES if local else None,
             logging_level=logging.WARNING,
             log_to_driver=False,  # what a worker has to say comes through the inbox, once and whole
