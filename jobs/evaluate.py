@@ -9,6 +9,7 @@ Writes core.json (every item), core.csv, bpb.json and samples.json, and logs to 
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +48,9 @@ def main(args: Sequence[str]) -> int:
     step = "" if source.step is None else f", step {source.step}"
     print(f"model: {source.name}{step} ({source.place})", flush=True)
     folder = output_folder(options, source)
-    findings = evaluate(request(options, source, kinds), options)
+    wanted = request(options, source, kinds)
+    check_output(folder)
+    findings = evaluate(wanted, options)
     files = write(folder, source, findings)
     if source.run_dir and source.step is not None and not options.no_tracking:
         log(source.run_dir, source.step, findings, files, options.tracking_uri)
@@ -105,6 +108,18 @@ def output_folder(options: argparse.Namespace, source: "Source") -> Path:
             f"There is no run directory of {source.name} on this machine: give --output, a folder for the results."
         )
     return source.run_dir / "evaluations" / f"step_{source.step:08d}"
+
+
+def check_output(folder: Path) -> None:
+    """Make the folder of the results before anything is computed, and see that files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} is no folder that results can be written to ({error.strerror or error}): give another as --output."
+        ) from error
 
 
 def request(options: argparse.Namespace, source: "Source", kinds: tuple[str, ...]) -> "Request":

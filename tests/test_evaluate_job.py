@@ -93,6 +93,8 @@ def test_the_table_names_the_published_figures_beside_tasks_that_have_some(ran, 
         (["--step", "3"], ConfigError, "--step 3"),
         (["--tokens", "/nowhere"], DataError, "--tokens /nowhere"),
         (["--core-bundle", "/nowhere"], ConfigError, "/nowhere"),
+        (["--output", __file__], ConfigError, "--output"),
+        (["--output", f"{__file__}/below"], ConfigError, "--output"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_computed(flags, more, error, words, monkeypatch):

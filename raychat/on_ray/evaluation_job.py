@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from raychat.checks import require
 from raychat.config import Config
 from raychat.errors import RaychatError
 from raychat.export.evaluate import Request, evaluate_source
@@ -25,11 +26,17 @@ def evaluate_on_ray(request: Request, *, workers: int, address: str, echo: Calla
     """Evaluate on so many workers of the cluster at `address` (empty: as training has it), on GPUs where it has some.
 
     Raises:
-        ConfigError: there is no cluster at the address.
+        ConfigError: there is no cluster at the address, or this machine has fewer GPUs.
         EvaluationFailedError: a worker failed.
     """
     with clusters.connect(Config.from_flat({"address": address, "num_workers": workers}), echo=echo) as cluster:
-        group = Group(workers, use_gpu=request.device_type != "cpu" and cluster.gpus > 0)
+        use_gpu = request.device_type != "cpu" and cluster.gpus > 0
+        require(
+            not (use_gpu and cluster.started_here and workers > cluster.gpus),
+            f"--num-workers {workers}: this machine has {cluster.gpus} GPUs, and each worker takes one. Use --num-workers "
+            f"{cluster.gpus}, a cluster that has more (--address), or --device-type cpu.",
+        )
+        group = Group(workers, use_gpu=use_gpu)
         try:
             patience = Patience(TELL_S, first_s=TELL_S)
             while not group.is_room:
