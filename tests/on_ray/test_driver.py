@@ -167,7 +167,7 @@ def test_the_summary_says_all_that_the_contract_names(whole):
 def test_the_run_directory_holds_what_a_reader_expects(whole):
     assert {path.name for path in whole.folder.iterdir()} == {
         "attempt.json", "checkpoints", "config.json", "loss_curve.png", "metrics.jsonl", "mlflow.json", "plan.json", "ray",
-        "summary.json",
+        "summary.json", "tokenizer",
     }  # fmt: skip
     config = json.loads((whole.folder / "config.json").read_text())
     assert config["config"] == whole.config.flat()
