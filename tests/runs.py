@@ -43,9 +43,12 @@ class Ran:
         return [record[name] for record in self.records if name in record]
 
 
-def open_session(config: Config, echo: Callable[[str], None] = lambda line: None) -> Session:
+def open_session(
+    config: Config, echo: Callable[[str], None] = lambda line: None, *, eval_workers: bool = False
+) -> Session:
     """A session of `config`, its data prepared where they are missing."""
-    return Session(config, prepare(config, with_gpus=False, maker=make_in_process, echo=echo), echo=echo)
+    data = prepare(config, with_gpus=False, maker=make_in_process, echo=echo)
+    return Session(config, data, echo=echo, eval_workers=eval_workers)
 
 
 def run_here(config: Config, poll: Callable[[], Signal] = lambda: Signal.NONE) -> Ran:
@@ -57,20 +60,37 @@ def run_here(config: Config, poll: Callable[[], Signal] = lambda: Signal.NONE) -
         ran.events.append(event)
         session.receive(event)
 
+    status = "failed"
+    try:
+        job = session.begin_attempt(world_size=1)
+        status = "finished" if train(job, world=World(), batches=_told(poll), sink=sink, poll=poll) else "stopped"
+    finally:
+        ran.summary = session.close(status)
+        ran.records = read_journal(ran.run_dir / "metrics.jsonl")
+    return ran
+
+
+def train_for_others(
+    config: Config, poll: Callable[[], Signal] = lambda: Signal.NONE
+) -> tuple[Session, bool, list[str]]:
+    """Train with evaluations left to others (`--eval-workers`): the open session, whether it finished, and its lines."""
+    lines: list[str] = []
+    session = open_session(config, lines.append, eval_workers=True)
+    job = session.begin_attempt(world_size=1)
+    finished = train(job, world=World(), batches=_told(poll), sink=session.receive, poll=poll)
+    return session, finished, lines
+
+
+def _told(poll: Callable[[], Signal]) -> Callable[[BatchPlan], Iterator[Batch]]:
+    """Batches whose beginning `poll` is told of, where it wants to know."""
+
     def batches(plan: BatchPlan) -> Iterator[Batch]:
         for batch in read_here(plan):
             if isinstance(poll, InStep):
                 poll.step_begins()
             yield batch
 
-    status = "failed"
-    try:
-        job = session.begin_attempt(world_size=1)
-        status = "finished" if train(job, world=World(), batches=batches, sink=sink, poll=poll) else "stopped"
-    finally:
-        ran.summary = session.close(status)
-        ran.records = read_journal(ran.run_dir / "metrics.jsonl")
-    return ran
+    return batches
 
 
 @dataclass

@@ -4,19 +4,18 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from core_bundles import write_bundle
-from ranks import run_ranks
-from runs import InStep, after, open_session, run_here
+from runs import after, open_session, run_here, train_for_others
+from s3_server import s3_server
 
-from raychat.data.prepare import make_in_process, prepare
 from raychat.errors import ConfigError, DataError
+from raychat.export.source import find_source
+from raychat.storage import Store
 from raychat.tracking.journal import read_events, read_journal
-from raychat.training import checkpoint
-from raychat.training.__main__ import read_here
-from raychat.training.build import train
-from raychat.training.evaluate_checkpoint import Assignment, evaluate_checkpoint
+from raychat.training import checkpoint, local_copy
+from raychat.training.evaluate_checkpoint import evaluate_checkpoint
 from raychat.training.events import Note, Saved
-from raychat.training.session import Session
 from raychat.training.state import LoopState, Signal
 from raychat.training.world import World
 
@@ -26,6 +25,13 @@ TASKS = {"core/choosing", "core/resolving", "core/continuing"}
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     return write_bundle(tmp_path_factory.mktemp("core") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as running:
+        running.make_bucket("bucket")
+        yield running
 
 
 @pytest.fixture
@@ -43,23 +49,6 @@ def config(own_config, bundle):
 
 def curve(records, name):
     return {record["step"]: record[name] for record in records if name in record}
-
-
-def trained_with_others(config, poll=lambda: Signal.NONE):
-    """Train with evaluations left to others: the session, and whether the horizon was reached."""
-    data = prepare(config, with_gpus=False, maker=make_in_process, echo=lambda line: None)
-    lines = []
-    session = Session(config, data, echo=lines.append, eval_workers=True)
-
-    def batches(plan):
-        for batch in read_here(plan):
-            if isinstance(poll, InStep):
-                poll.step_begins()
-            yield batch
-
-    job = session.begin_attempt(world_size=1)
-    finished = train(job, world=World(), batches=batches, sink=session.receive, poll=poll)
-    return session, finished, lines
 
 
 def evaluate_rest(session):
@@ -150,7 +139,7 @@ def test_evaluation_workers_need_ray(config):
 
 def test_what_others_evaluate_is_what_training_would_have(config, in_line):
     """Values bit for bit, joined to their steps; the best checkpoint and the newest are kept when all is settled."""
-    session, finished, lines = trained_with_others(config(eval_workers=1, sample_every=4))
+    session, finished, lines = train_for_others(config(eval_workers=1, sample_every=4))
     assert finished
     assert list(session.elsewhere.pending) == kept(config())[::-1] == [2, 4, 6]
     assert not curve(read_journal(session.journal.path), "core_metric")
@@ -167,29 +156,46 @@ def test_what_others_evaluate_is_what_training_would_have(config, in_line):
     assert [line.split()[1] for line in told] == ["00000", "00002", "00002", "00004", "00004", "00006", "00006"]
     bpb = {step: value for step, value in curve(records, "val/bpb").items() if step}
     best = min(bpb, key=bpb.__getitem__)
-    checkpoint.prune(config().run_dir / "checkpoints", 1)
+    session.elsewhere.tidy()
     assert kept(config()) == sorted({6, best}, reverse=True)
-    again = Session(config(eval_workers=1), session.data, echo=print, eval_workers=True)
+    again = open_session(config(eval_workers=1), eval_workers=True)
     assert again.done
     again.abort()
 
 
 def test_what_a_driver_leaves_unevaluated_the_next_one_finds(config):
-    first, finished, _ = trained_with_others(config(eval_workers=1), after(5, Signal.STOP))
+    first, finished, _ = train_for_others(config(eval_workers=1), after(5, Signal.STOP))
     assert not finished
     assert list(first.elsewhere.pending) == [2, 4]
     owed = first.elsewhere.pending[2]
     first.elsewhere.take(owed, evaluate_checkpoint(World(), first.elsewhere.assignment(owed)))
     first.close("stopped")
-    second, finished, _ = trained_with_others(config(eval_workers=1))
+    second, finished, _ = train_for_others(config(eval_workers=1))
     assert finished
     assert list(second.elsewhere.pending) == [4, 6]
     evaluate_rest(second)
     assert second.close("finished").restarts == 1
 
 
+def test_a_run_at_its_horizon_is_not_done_while_an_earlier_checkpoint_waits(config):
+    """Its last one, which was made before that step was the last, is evaluated in line."""
+    early = {"eval_workers": 1, "eval_every": 4, "core_metric_every": -1}
+    first, _, _ = train_for_others(config(**early), after(5, Signal.STOP))
+    first.close("stopped")
+    early |= {"num_iterations": 5, "allow_config_change": True}
+    second, finished, _ = train_for_others(config(**early))
+    assert finished
+    second.close("stopped")
+    third = open_session(config(**early), eval_workers=True)
+    assert list(third.elsewhere.pending) == [4]
+    assert not third.done
+    evaluate_rest(third)
+    assert third.done
+    third.abort()
+
+
 def test_a_run_that_goes_on_without_evaluation_workers_lets_the_rest_go(config):
-    session, _, _ = trained_with_others(config(eval_workers=1), after(5, Signal.STOP))
+    session, _, _ = train_for_others(config(eval_workers=1), after(5, Signal.STOP))
     session.close("stopped")
     ran = run_here(config())
     assert list(curve(ran.records, "core_metric")) == [6]
@@ -202,7 +208,7 @@ def test_a_run_that_goes_on_without_evaluation_workers_lets_the_rest_go(config):
 
 @pytest.mark.parametrize("branched", [False, True])
 def test_a_replayed_step_is_evaluated_again_only_in_another_branch(config, branched):
-    session, _, _ = trained_with_others(config(eval_workers=1), after(3, Signal.STOP))
+    session, _, _ = train_for_others(config(eval_workers=1), after(3, Signal.STOP))
     evaluate_rest(session)
     session.elsewhere.forget_after(1, branched=branched)
     session.elsewhere.saved(2, dataclasses.asdict(LoopState(step=2, owed=("bpb", "core"))))
@@ -212,7 +218,7 @@ def test_a_replayed_step_is_evaluated_again_only_in_another_branch(config, branc
 
 
 def test_a_result_for_a_checkpoint_of_before_a_rollback_is_dropped(config):
-    session, _, _ = trained_with_others(config(eval_workers=1), after(3, Signal.STOP))
+    session, _, _ = train_for_others(config(eval_workers=1), after(3, Signal.STOP))
     owed = session.elsewhere.pending[2]
     findings = evaluate_checkpoint(World(), session.elsewhere.assignment(owed))
     state = dataclasses.asdict(LoopState(step=2, owed=("bpb", "core")))
@@ -226,7 +232,7 @@ def test_a_result_for_a_checkpoint_of_before_a_rollback_is_dropped(config):
 
 
 def test_old_checkpoints_wait_for_their_evaluation_unless_the_disk_is_full(config):
-    session, _, _ = trained_with_others(config(eval_workers=1))
+    session, _, _ = train_for_others(config(eval_workers=1))
     root = config().run_dir / "checkpoints"
     assert checkpoint.prune(root, 1) == []
     assert checkpoint.make_room(root)
@@ -237,19 +243,33 @@ def test_old_checkpoints_wait_for_their_evaluation_unless_the_disk_is_full(confi
     session.close("finished")
 
 
-def _evaluate(task: dict) -> tuple[float, str]:
-    """On one of several ranks."""
-    import torch.distributed as dist
+def test_in_an_object_store_the_rest_is_evaluated_too_and_nothing_owed_is_deleted(
+    server, config, in_line, tmp_path, monkeypatch
+):
+    """By another driver than the one that trained, which has nothing but the store; settled, it is deleted as ever.
 
-    found = evaluate_checkpoint(World(dist.get_rank(), dist.get_world_size()), Assignment(**task))
-    return found.bpb, [[item.correct for item in part.items] for part in found.core.tasks.values()]
-
-
-def test_two_evaluation_workers_agree_with_one(config):
-    session, _, _ = trained_with_others(config(eval_workers=2))
-    task = session.elsewhere.assignment(session.elsewhere.pending[6])
-    one = evaluate_checkpoint(World(), task)
-    for bpb, verdicts in run_ranks(_evaluate, 2, dataclasses.asdict(task)):
-        assert bpb == pytest.approx(one.bpb, rel=1e-6)
-        assert verdicts == [[item.correct for item in part.items] for part in one.core.tasks.values()]
-    session.close("finished")
+    What training has brought to this machine meanwhile stays there.
+    """
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    there = config(eval_workers=1, eval_every=4, core_metric_every=4, storage_path=server.uri("bucket/runs"))
+    root = Store.of(there.run_uri).child("checkpoints")
+    first, finished, _ = train_for_others(there)
+    assert finished
+    first.close("stopped")
+    assert checkpoint.prune(root, 1) == []
+    second = open_session(there, eval_workers=True)
+    assert not second.done
+    second.begin_attempt(world_size=1)
+    trainings = local_copy._folder(root.child("step_00000006"), World())
+    trainings.mkdir()
+    evaluate_rest(second)
+    find_source(path=root.child("step_00000006").address, base_dir=str(there.base_dir)).load(torch.device("cpu"))
+    assert [path for path in tmp_path.iterdir() if path.name.startswith("raychat-")] == [trainings]
+    for name in ("val/bpb", "core_metric"):
+        found, expected = curve(read_journal(second.journal.path), name), curve(in_line.records, name)
+        assert found == {step: value for step, value in expected.items() if step != 2}
+    settled = checkpoint.evaluated(root)
+    assert list(settled) == [4, 6]
+    second.elsewhere.tidy()
+    assert checkpoint.steps(root) == sorted({6, min(settled, key=settled.__getitem__)}, reverse=True)
+    second.close("finished")

@@ -31,14 +31,15 @@ class Evaluators:
         self._group: Group | None = None
         self._at: Owed | None = None
         self._failures: Counter[Owed] = Counter()
+        self._workers = session.config.eval.eval_workers
         self._room_wanted = Patience(TELL_S)
         self._told = False
 
     def tick(self, *, may_start: bool) -> None:
         """Take in what has come and go on with the next. `may_start`: training has its room."""
         if self._group is None:
-            if may_start and self._owed.pending and self.session.config.eval.eval_workers:
-                self._ask_for_room(self.session.config.eval.eval_workers)
+            if may_start and self._owed.pending and self._workers:
+                self._ask_for_room(self._workers)
         elif not self._group.started:
             self._start(self._group)
         elif self._at is not None:
@@ -55,11 +56,13 @@ class Evaluators:
 
     def finish(self, stopped: Callable[[], bool]) -> bool:
         """Wait until everything is evaluated. False when `stopped` says not to: the rest stays owed."""
+        if not self._workers:
+            return True
         start, patience = time.monotonic(), Patience(TELL_S, first_s=2.0)
-        if self._owed.pending and self._group is None:  # the workers that trained have left
-            self.watch.look()
-            wanted = self.session.config.eval.eval_workers
-            self._ask_for_room(max(1, min(wanted, self.watch.slots())))
+        self.watch.look()
+        self._workers = max(1, min(self._workers, self.watch.slots()))
+        if self._group is not None and not self._group.started:
+            self.make_way()  # to ask for what can be had, now that those that trained have left
         while self._owed.pending and not stopped():
             self.tick(may_start=True)
             if patience.due():
@@ -70,6 +73,7 @@ class Evaluators:
                 )
             time.sleep(TICK_S)
         self.session.journal.event("evaluation_wait", time_s=time.monotonic() - start)
+        self._owed.tidy()
         return not self._owed.pending
 
     def _ask_for_room(self, workers: int) -> None:
@@ -81,7 +85,7 @@ class Evaluators:
             group.start()
         elif self._room_wanted.due() and not self._told:
             self._told = True
-            kind = "GPUs" if self.use_gpu else "CPUs"
+            kind = ("GPU" if self.use_gpu else "CPU") + "s" * (group.workers > 1)
             self.session.echo(
                 f"evaluation waits for {group.workers} free {kind}: its checkpoints are kept, at the latest until training "
                 "has ended and left its own"
@@ -102,6 +106,7 @@ class Evaluators:
 
     def _failed(self, owed: Owed, error: str) -> None:
         self.make_way()
+        error = self.session.hide(error)
         self._failures[owed] += 1
         if self._failures[owed] > AGAIN:
             self._owed.give_up([owed.step], f"it failed {self._failures[owed]} times, the last time with: {error}")

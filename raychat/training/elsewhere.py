@@ -102,6 +102,13 @@ class Elsewhere:
             self._journal.event("evaluation_given_up", step=step, reason=reason)
             self._settle(step)
 
+    def tidy(self) -> None:
+        """Delete the checkpoints that were kept for their evaluation alone; for the driver, when nothing is saved any more."""
+        try:
+            checkpoint.prune(self._root, self._config.save.keep_checkpoints)
+        except OSError as error:
+            self._echo(f"warning: old checkpoints in {self._root} could not be deleted: {error}")
+
     def wants(self, owed: Owed) -> bool:
         """Whether the checkpoint is still part of the run, and its evaluation owed."""
         return self.pending.get(owed.step) is owed

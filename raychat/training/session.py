@@ -59,7 +59,8 @@ class Session:
             "out, or use jobs/pretrain.py.",
         )
         self._secrets = Secrets(config)
-        self.echo: Callable[[str], None] = lambda text: echo(self._secrets.hide(text))
+        self.hide: Callable[[str], str] = self._secrets.hide
+        self.echo: Callable[[str], None] = lambda text: echo(self.hide(text))
         self.recipe = recipe(config)
         self._facts = RunFacts(config, self.recipe, data, self._secrets)
         self.run_dir, store = config.run_dir, Store.of(config.run_uri)
@@ -107,7 +108,7 @@ class Session:
         # One that was told to stop in its last evaluation still owes it.
         last, state, journal = self.start.step, self.start.meta["state"], self.journal
         settings = self.config.eval
-        if settings.eval_workers and state.get("owed"):
+        if settings.eval_workers and (state.get("owed") or self.elsewhere.pending):
             return not self.elsewhere.pending
         bpb = settings.eval_every == -1 or last in (state.get("val_step"), journal.last_step("val/bpb"))
         core = self.core is None or last in (state.get("core_step"), journal.last_step("core_metric"))
@@ -187,7 +188,7 @@ class Session:
         """Write down that an attempt ended before its time; why the run must be given up, or None to try again."""
         if self.lease.lost:
             return None
-        facts = {"cause": cause, "step": self._steps_done, "error": self._secrets.hide(error)}
+        facts = {"cause": cause, "step": self._steps_done, "error": self.hide(error)}
         self.journal.event("failure", **facts, step_time_s=self._step_time_s)
         limits = self.config.cluster
         reason = give_up(self._events, max_failures=limits.max_failures, max_preemptions=limits.max_preemptions)
@@ -230,7 +231,7 @@ class Session:
 
     def _receive_note(self, note: Note) -> None:
         fields: dict[str, Any] = {
-            name: self._secrets.hide(value) if isinstance(value, str) else value for name, value in note.fields.items()
+            name: self.hide(value) if isinstance(value, str) else value for name, value in note.fields.items()
         }
         match note.kind:
             case "resolved":
@@ -345,7 +346,7 @@ class Session:
     def _why(self, error: str | None) -> str | None:
         """Why the run failed: what a worker said, why it was given up, or else `error`."""
         why = self.failure.message if self.failure else self._given_up or error
-        return why and self._secrets.hide(why)
+        return why and self.hide(why)
 
     def _draw(self, status: Status) -> None:
         records = self._all_records()

@@ -7,18 +7,22 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import runs
 from core_bundles import write_bundle
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from on_ray.conftest import CPUS
 from raychat.config import Config
+from raychat.errors import ConfigError
 from raychat.on_ray import cluster as clusters
-from raychat.on_ray import driver, evaluators, supervisor
+from raychat.on_ray import driver, evaluation_job, evaluators, supervisor
 from raychat.on_ray.group import Group, GroupError
 from raychat.on_ray.nodes import NodeWatch
 from raychat.tracking.journal import read_events, read_journal
+from raychat.training import device
 from raychat.training import evaluate_checkpoint as module
 from raychat.training.elsewhere import Owed
+from raychat.training.world import World
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -26,13 +30,8 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def run_on(cluster, tiny_flags, prepared_base, tmp_path_factory):
-    """Makes a run of six steps, evaluated every second one, with a driver in this process: its folder and its lines."""
-
-    @contextlib.contextmanager
-    def connect(config, *, echo):
-        yield cluster
-
+def config(tiny_flags, prepared_base, tmp_path_factory):
+    """Makes a configuration of six steps, evaluated every second one."""
     folder = tmp_path_factory.mktemp("evaluators")
     flags = tiny_flags | {
         "base_dir": str(prepared_base),
@@ -44,10 +43,20 @@ def run_on(cluster, tiny_flags, prepared_base, tmp_path_factory):
         "save_every": -1,
         "keep_checkpoints": 1,
     }
+    return lambda **changes: Config.from_flat(flags | changes)
+
+
+@pytest.fixture(scope="module")
+def run_on(cluster, config):
+    """Makes a run with a driver in this process: its folder and its lines."""
+
+    @contextlib.contextmanager
+    def connect(config, *, echo):
+        yield cluster
 
     def run(**changes):
-        config, lines = Config.from_flat(flags | changes), []
-        return config.run_dir, driver.run(config, echo=lines.append), lines
+        made, lines = config(**changes), []
+        return made.run_dir, driver.run(made, echo=lines.append), lines
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clusters, "connect", connect)
@@ -55,9 +64,11 @@ def run_on(cluster, tiny_flags, prepared_base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def in_line(run_on):
-    """The run whose training waits for its evaluations."""
-    return run_on(model_tag="in-line")
+def in_line(config):
+    """The run whose training waits for its evaluations, here, with as many threads as a worker of the cluster has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_cores", lambda: len(os.sched_getaffinity(0)))
+        return runs.run_here(config(model_tag="in-line"))
 
 
 def values(folder):
@@ -71,8 +82,59 @@ def told(folder, kind):
     return [event for event in read_events(folder / "metrics.jsonl") if event["event"] == kind]
 
 
-def test_a_run_with_an_evaluation_worker_has_the_values_of_one_without(in_line, run_on, monkeypatch):
-    """Its room is asked for when training has its own."""
+class Fake:
+    """A group in words: it has room for `CPUS`, and answers with `found`, or fails with it."""
+
+    def __init__(self, workers, *, use_gpu, avoid, found):
+        self.workers, self.is_room, self.started, self._found = workers, workers <= CPUS, False, found
+
+    def start(self):
+        self.started = True
+
+    def begin(self, function, task):
+        self._task = task
+
+    def answers(self):
+        if isinstance(self._found, Exception):
+            raise self._found
+        return [self._found(World(), self._task)]
+
+    def end(self):
+        self.started = False
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Puts a group in the place of the real ones: those that were asked for."""
+    made = []
+
+    def install(found):
+        def make(workers, **how):
+            made.append(Fake(workers, **how, found=found))
+            return made[-1]
+
+        monkeypatch.setattr(evaluators, "Group", make)
+        return made
+
+    monkeypatch.setattr(evaluators, "TICK_S", 0.0)
+    return install
+
+
+WATCH = SimpleNamespace(look=lambda: None, slots=lambda: CPUS, avoid=lambda: ())
+
+
+def test_a_run_has_the_values_of_one_without_evaluation_workers_though_one_is_killed(
+    in_line, run_on, monkeypatch, tmp_path
+):
+    """Bit for bit, and training does not notice; room is asked for when training has its own."""
+    marker = tmp_path / "killed"
+
+    def deadly(world, task):
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return module.evaluate_checkpoint(world, task)
+
     asked, ask, start = [], evaluators.Evaluators._ask_for_room, supervisor.Supervisor._start_crew
 
     def asks(self, workers):
@@ -83,70 +145,85 @@ def test_a_run_with_an_evaluation_worker_has_the_values_of_one_without(in_line, 
         asked.append("crew")
         return start(self, workers)
 
+    monkeypatch.setattr(evaluators, "evaluate_checkpoint", deadly)
     monkeypatch.setattr(evaluators.Evaluators, "_ask_for_room", asks)
     monkeypatch.setattr(supervisor.Supervisor, "_start_crew", starts)
     folder, summary, lines = run_on(model_tag="beside", eval_workers=1)
-    assert asked == ["crew", "evaluators"]
-    assert values(folder) == values(in_line[0])
+    assert marker.exists()
+    assert asked == ["crew", "evaluators", "evaluators"]
+    assert [event["step"] for event in told(folder, "evaluation_failed")] == [2]
+    assert any("its process died" in line and "trying again" in line for line in lines)
+    assert values(folder) == values(in_line.run_dir)
     assert [event["step"] for event in told(folder, "evaluated")] == [2, 4, 6]
-    expected = in_line[1]
-    assert (summary.status, summary.val_bpb, summary.min_val_bpb, summary.core_metric) == (
-        "finished", expected.val_bpb, expected.min_val_bpb, expected.core_metric,
+    expected = in_line.summary
+    assert (summary.status, summary.restarts, summary.val_bpb, summary.min_val_bpb, summary.core_metric) == (
+        "finished", 0, expected.val_bpb, expected.min_val_bpb, expected.core_metric,
     )  # fmt: skip
     assert summary.evaluation_s > 0  # the wait at the end
     assert sum("validation bpb" in line for line in lines) == 4
 
 
-def test_an_evaluation_worker_that_is_killed_is_replaced(in_line, run_on, monkeypatch, tmp_path):
-    marker = tmp_path / "killed"
-
-    def deadly(world, task):
-        if not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return module.evaluate_checkpoint(world, task)
-
-    monkeypatch.setattr(evaluators, "evaluate_checkpoint", deadly)
-    folder, summary, lines = run_on(model_tag="killed", eval_workers=2)
-    assert marker.exists()
-    assert summary.status == "finished"
-    assert summary.restarts == 0  # training has not noticed
-    assert [event["step"] for event in told(folder, "evaluation_failed")] == [2]
-    assert any("its process died" in line and "trying again" in line for line in lines)
-    found, expected = values(folder), values(in_line[0])
-    assert found["train/loss"] == expected["train/loss"]
-    assert found["core_metric"] == expected["core_metric"]  # of two ranks and of one
-    assert found["val/bpb"] == pytest.approx(expected["val/bpb"], rel=1e-6)
+def test_two_workers_evaluate_what_an_earlier_driver_left(in_line, config, run_on):
+    """To its values, in sums of another order; what was kept for its evaluation alone is deleted."""
+    first, finished, _ = runs.train_for_others(config(model_tag="left", eval_workers=2))
+    assert finished
+    assert len(list(first.run_dir.glob("checkpoints/step_*"))) == 3
+    first.close("stopped")
+    folder, summary, _ = run_on(model_tag="left", eval_workers=2)
+    assert (summary.status, summary.step) == ("finished", STEPS)
+    found, expected = values(folder), values(in_line.run_dir)
+    assert found["core_metric"] == expected["core_metric"]
+    assert found["val/bpb"] == pytest.approx(expected["val/bpb"], rel=1e-4)
+    assert len(list(folder.glob("checkpoints/step_*"))) <= 2
 
 
-def test_an_evaluation_that_fails_again_and_again_is_left_out_with_a_warning(run_on, monkeypatch):
-    def fails(world, task):
-        raise RuntimeError("this machine is broken")
+def test_an_evaluation_that_fails_again_and_again_is_left_out_with_a_warning(config, fake):
+    flags = config(model_tag="hopeless", eval_workers=1, eval_every=-1, core_metric_every=STEPS)
+    session, _, lines = runs.train_for_others(flags)
+    asked = fake(GroupError("RuntimeError: this machine is broken"))
+    assert evaluators.Evaluators(session, WATCH, use_gpu=False).finish(lambda: False)
+    assert len(asked) == 1 + evaluators.AGAIN
+    summary = session.close("finished")
+    assert summary.core_metric is None
+    assert [event["step"] for event in told(session.run_dir, "evaluation_given_up")] == [STEPS]
+    [warned] = [line for line in lines if line.startswith("warning: the checkpoint of step 6 is not evaluated")]
+    assert "this machine is broken" in warned
+    again = runs.open_session(flags, eval_workers=True)
+    assert again.done
+    again.abort()
 
-    monkeypatch.setattr(evaluators, "evaluate_checkpoint", fails)
-    monkeypatch.setattr(evaluators, "AGAIN", 1)
-    folder, summary, lines = run_on(model_tag="hopeless", eval_workers=1, eval_every=-1, core_metric_every=STEPS)
-    assert (summary.status, summary.core_metric) == ("finished", None)
-    assert [event["step"] for event in told(folder, "evaluation_given_up")] == [STEPS]
-    warned = [line for line in lines if line.startswith("warning: the checkpoint of step 6 is not evaluated")]
-    assert len(warned) == 1
-    assert "this machine is broken" in warned[0]
-    assert run_on(model_tag="hopeless", eval_workers=1, eval_every=-1, core_metric_every=STEPS)[1] is None  # done
+
+def test_a_group_too_large_for_the_cluster_is_made_smaller_at_the_end(config, fake):
+    flags = config(model_tag="large", eval_workers=CPUS + 1, eval_every=-1, core_metric_every=STEPS)
+    session, _, _ = runs.train_for_others(flags)
+    asked = fake(module.evaluate_checkpoint)
+    workers = evaluators.Evaluators(session, WATCH, use_gpu=False)
+    for _ in range(3):  # beside training
+        workers.tick(may_start=True)
+    assert [group.workers for group in asked] == [CPUS + 1]
+    ticks = iter(range(9))
+    assert workers.finish(lambda: next(ticks) == 8)
+    assert [group.workers for group in asked[1:]] == [CPUS]
+    assert session.close("finished").core_metric is not None
 
 
-def test_a_stop_leaves_evaluations_to_the_next_start(in_line, run_on, monkeypatch):
-    """Others have the rest of the cluster while the first driver lives; it is stopped as it waits at its end."""
-    others = placement_group([{"CPU": 1}] * (CPUS - 1))
-    assert others.wait(60)
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluators.Evaluators, "finish", lambda self, stopped: False)
-        folder, summary, _ = run_on(model_tag="waits", eval_workers=1)
-    remove_placement_group(others)
-    assert (summary.status, summary.step, summary.core_metric) == ("stopped", STEPS, None)
-    assert values(folder)["train/loss"] == values(in_line[0])["train/loss"]  # training has not waited
-    folder, summary, _ = run_on(model_tag="waits", eval_workers=1)
-    assert summary.status == "finished"
-    assert values(folder) == values(in_line[0])
+def test_more_workers_than_this_machine_has_gpus_are_refused(monkeypatch):
+    """They would be waited for for ever."""
+    here = SimpleNamespace(gpus=1, cpus=9, started_here=True)
+    monkeypatch.setattr(clusters, "connect", lambda config, *, echo: contextlib.nullcontext(here))
+    monkeypatch.setattr(evaluation_job, "Group", None)
+    with pytest.raises(ConfigError, match="--num-workers 2: this machine has 1 GPUs"):
+        evaluation_job.evaluate_on_ray(SimpleNamespace(device_type=""), workers=2, address="", echo=print)
+
+
+def test_a_cluster_on_this_machine_has_cpus_for_the_evaluation_workers_too(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    cpus = {
+        (n, k): clusters.local_cpus(Config.from_flat({"num_workers": n, "eval_workers": k}))
+        for n in (1, 3)
+        for k in (0, 2)
+    }
+    assert cpus == {(1, 0): 2, (1, 2): 3, (3, 0): 4, (3, 2): 5}
 
 
 def eventually(condition, seconds=60.0):
