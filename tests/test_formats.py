@@ -4,6 +4,7 @@
 format, with a marker.
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from saves import equal, values
 
 from raychat.config import Config
 from raychat.data.batches import validation_rows
+from raychat.data.corpus import Corpus
+from raychat.data.prepare import TokenData
 from raychat.data.shards import RowReader, read_manifest, verify_shard
 from raychat.data.tokenizer import Tokenizer
 from raychat.evaluation.bpb import evaluate_bpb
@@ -20,9 +23,13 @@ from raychat.optim import build_optimizer
 from raychat.tracking.journal import read_events, read_journal
 from raychat.tracking.summary import Summary
 from raychat.training import checkpoint
-from raychat.training.build import gpt_config
+from raychat.training.__main__ import read_here
+from raychat.training.build import gpt_config, train
 from raychat.training.device import Resolved
 from raychat.training.loop import LoopState
+from raychat.training.session import Session
+from raychat.training.state import Signal
+from raychat.training.world import World
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OLD = FIXTURES / "format-1"
@@ -63,6 +70,31 @@ def test_checkpoints_of_all_formats_hold_the_same(old):
         found.load(model, optimizer)
         held.append(values(model, optimizer))
     assert equal(*held)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_run_goes_on_from_an_old_checkpoint_and_journal(version, tmp_path):
+    """With a longer horizon, to the end: the steps of the time stay in the journal, and those after them follow."""
+    kept = checkpoint.read_meta(OLD / "checkpoint")["config"]
+    new = {"storage_path": str(tmp_path), "model_tag": "old", "num_iterations": 5, "allow_config_change": True}
+    config = Config.from_flat(kept | new)
+    shutil.copytree(FIXTURES / f"format-{version}" / "checkpoint", config.run_dir / "checkpoints" / "step_00000003")
+    shutil.copy(OLD / "metrics.jsonl", config.run_dir)
+    manifest = read_manifest(OLD / "tokens")
+    assert manifest
+    corpus = Corpus(name="corpus", train=(), val=(), text_column="text")
+    data = TokenData(corpus=corpus, tokenizer_dir=OLD / "tokenizer", manifest=manifest)
+    session = Session(config, data, echo=print, eval_workers=True)
+    job = session.begin_attempt(world_size=1)
+    assert train(job, world=World(), batches=read_here, sink=session.receive, poll=lambda: Signal.NONE)
+    summary = session.close("finished")
+    assert (summary.step, summary.restarts) == (5, 1)
+    losses = {r["step"]: r["train/loss"] for r in read_journal(session.journal.path) if "train/loss" in r}
+    assert list(losses) == [0, 1, 2, 3, 4]
+    assert list(losses.values())[:3] == LOSSES
+    assert max(losses.values()) < 6
+    assert summary.min_val_bpb <= VAL_BPB
+    assert checkpoint.newest(config.run_dir / "checkpoints", echo=print).step == 5
 
 
 def test_old_state_is_understood(old):
