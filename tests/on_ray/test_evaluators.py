@@ -178,9 +178,11 @@ def test_two_workers_evaluate_what_an_earlier_driver_left(in_line, config, run_o
 
 
 def test_an_evaluation_that_fails_again_and_again_is_left_out_with_a_warning(config, fake):
-    flags = config(model_tag="hopeless", eval_workers=1, eval_every=-1, core_metric_every=STEPS)
+    """The error is written down without the credentials that it may hold."""
+    tracked = "http://me:hunter22@nowhere"
+    flags = config(model_tag="hopeless", eval_workers=1, eval_every=-1, core_metric_every=STEPS, tracking_uri=tracked)
     session, _, lines = runs.train_for_others(flags)
-    asked = fake(GroupError("RuntimeError: this machine is broken"))
+    asked = fake(GroupError(f"RuntimeError: this machine is broken: {tracked}"))
     assert evaluators.Evaluators(session, WATCH, use_gpu=False).finish(lambda: False)
     assert len(asked) == 1 + evaluators.AGAIN
     summary = session.close("finished")
@@ -188,6 +190,7 @@ def test_an_evaluation_that_fails_again_and_again_is_left_out_with_a_warning(con
     assert [event["step"] for event in told(session.run_dir, "evaluation_given_up")] == [STEPS]
     [warned] = [line for line in lines if line.startswith("warning: the checkpoint of step 6 is not evaluated")]
     assert "this machine is broken" in warned
+    assert "hunter22" not in warned + session.journal.path.read_text()
     again = runs.open_session(flags, eval_workers=True)
     assert again.done
     again.abort()
