@@ -51,7 +51,10 @@ def main(args: Sequence[str]) -> int:
     wanted = request(options, source, kinds)
     check_output(folder)
     findings = evaluate(wanted, options)
-    files = write(folder, source, findings)
+    files = write(
+        folder, source, findings
+    )  # all of them before a word: a terminal that is gone takes no result with it
+    show(findings, files)
     if source.run_dir and source.step is not None and not options.no_tracking:
         log(source.run_dir, source.step, findings, files, options.tracking_uri)
     return 0
@@ -165,13 +168,12 @@ def evaluate(wanted: "Request", options: argparse.Namespace) -> "Findings":
 
 
 def write(folder: Path, source: "Source", findings: "Findings") -> list[Path]:
-    """Files into `folder`, and everything on the terminal."""
+    """What came out, as files in `folder`."""
     from raychat.evaluation import report
 
     files: list[Path] = []
     if findings.core is not None:
         files += report.write_core(folder, findings.core)
-        say(report.core_table(findings.core))
     if findings.bpb is not None:
         facts = {
             "tokens": findings.val_tokens,
@@ -180,14 +182,23 @@ def write(folder: Path, source: "Source", findings: "Findings") -> list[Path]:
             "seconds": findings.seconds["bpb"],
         }
         files.append(report.write_bpb(folder, findings.bpb, facts))
-        say(f"bits per byte: {findings.bpb:.6f} on {findings.val_tokens:,} tokens")
     if findings.samples:
         files.append(report.write_samples(folder, findings.samples))
-        for _, text in findings.samples:
-            say(f"sample: {text!r}")
+    return files
+
+
+def show(findings: "Findings", files: Sequence[Path]) -> None:
+    """What came out, on the terminal."""
+    from raychat.evaluation import report
+
+    if findings.core is not None:
+        say(report.core_table(findings.core))
+    if findings.bpb is not None:
+        say(f"bits per byte: {findings.bpb:.6f} on {findings.val_tokens:,} tokens")
+    for _, text in findings.samples:
+        say(f"sample: {text!r}")
     for file in files:
         say(f"written: {file}")
-    return files
 
 
 def log(run_dir: Path, step: int, findings: "Findings", files: Sequence[Path], tracking_uri: str) -> None:

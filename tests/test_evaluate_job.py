@@ -103,6 +103,16 @@ def test_what_cannot_be_is_said_before_anything_is_computed(flags, more, error, 
         evaluate.main([*flags, *more])
 
 
+def test_a_reader_that_has_gone_takes_no_result_with_it(flags, tmp_path, monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluate, "show", gone)
+    with pytest.raises(BrokenPipeError):
+        evaluate.main([*flags, "--output", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"core.json", "core.csv", "bpb.json", "samples.json"}
+
+
 def test_rows_of_another_tokenizer_are_refused(ran, flags, prepared_base, tmp_path):
     [folder] = (prepared_base / "tokens").iterdir()
     other = tmp_path / "tokens"
