@@ -8,6 +8,7 @@ Writes core.json (every item), core.csv, bpb.json and samples.json, and logs to 
 """
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -78,7 +79,12 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--core-metric-max-per-task", type=int, default=-1, help="items per CORE task; default: all")
     how.add_argument("--tokens", default="", help="folder of token shards for bpb; default: those that the run had")
     how.add_argument("--eval-tokens", type=int, default=-1, help="tokens for bpb; default: as the run had it")
-    how.add_argument("--device-batch-size", type=int, default=-1, help="sequences a pass for bpb; default: the run's")
+    how.add_argument(
+        "--device-batch-size",
+        type=int,
+        default=-1,
+        help="sequences a pass, which changes speed and memory; default: for bpb the run's",
+    )
     how.add_argument(
         "--device-type", default="", choices=["", "cuda", "cpu", "mps"], help="default: cuda where there is one"
     )
@@ -143,6 +149,8 @@ def request(options: argparse.Namespace, source: "Source", kinds: tuple[str, ...
                 "the URL of a zip or tar), or leave core out of --eval."
             )
         core.load(say)
+        if options.device_batch_size != -1:
+            core = dataclasses.replace(core, batch_rows=options.device_batch_size)
     return Request(
         source=source,
         kinds=kinds,

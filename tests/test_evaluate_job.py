@@ -15,6 +15,7 @@ from raychat.errors import ConfigError, DataError
 from raychat.evaluation.core.reference import CORE_METRIC, GPT2
 from raychat.tracking import mlflow_delivery, mlflow_shipper
 from raychat.tracking.journal import read_journal
+from raychat.training import examiner
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -69,6 +70,23 @@ def test_the_job_finds_what_training_found(ran, flags, capsys):
     shown = capsys.readouterr().out
     assert f"{CORE_METRIC['GPT-2 124M']:.4f}" in shown
     assert str(results(ran) / "core.csv") in shown
+
+
+def test_the_batch_decides_the_size_of_passes_and_no_verdict(ran, flags, tmp_path, monkeypatch):
+    asked, evaluate_core, items = [], examiner.evaluate_core, []
+
+    def noted(*args, batch_tokens, **options):
+        asked.append(batch_tokens)
+        return evaluate_core(*args, batch_tokens=batch_tokens, **options)
+
+    monkeypatch.setattr(examiner, "evaluate_core", noted)
+    for size in (1, 32):
+        batch = ["--device-batch-size", str(size), "--output", str(tmp_path / str(size)), "--eval", "core"]
+        assert evaluate.main([*flags, *batch]) == 0
+        tasks = json.loads((tmp_path / str(size) / "core.json").read_text())["tasks"].values()
+        items.append([(item["line"], item["predicted"], item["correct"]) for task in tasks for item in task["items"]])
+    assert asked == [32, 32 * 32]  # of a model that was trained on rows of 32 tokens
+    assert items[0] == items[1]
 
 
 def test_the_table_names_the_published_figures_beside_tasks_that_have_some(ran, flags, bundle, tmp_path, capsys):

@@ -31,11 +31,12 @@ class Validation:
 
 @dataclass(frozen=True, kw_only=True)
 class CoreTasks:
-    """Where the CORE tasks come from, and how many items of each are used (-1: all)."""
+    """Where the CORE tasks come from, how many items of each are used (-1: all), and rows of a pass (None: by the device)."""
 
     place: str
     cache: Path
     max_per_task: int
+    batch_rows: int | None = None
 
     @staticmethod
     def of(config: Config) -> "CoreTasks | None":
@@ -102,6 +103,7 @@ class Examiner:
             raise ValueError("there are no CORE tasks")
         if self._bundle is None:
             self._bundle = self._core.load(self._echo)
+        rows = self._core.batch_rows
         with explained("the evaluation of CORE", self.device):
             return evaluate_core(
                 self.model,
@@ -109,6 +111,7 @@ class Examiner:
                 self._bundle,
                 max_per_task=self._core.max_per_task,
                 world=self.world,
+                batch_tokens=rows and rows * self.model.config.sequence_len,
                 between=between,
                 echo=self._echo,
             )
