@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat import cli
+from raychat.checks import require
 from raychat.config import Config
 from raychat.errors import ConfigError
 
@@ -137,7 +138,9 @@ def request(options: argparse.Namespace, source: "Source", kinds: tuple[str, ...
     from raychat.training.examiner import CoreTasks
 
     had = {name: value for name, value in (source.meta.get("config") or {}).items() if name in Config().flat()}
-    names = ("base_dir", "core_bundle", "eval_tokens", "device_batch_size")
+    names = ("base_dir", "core_bundle", "eval_tokens")
+    size = options.device_batch_size  # not the configuration's: it need not divide the batch of training
+    require(size == -1 or size > 0, f"--device-batch-size must be positive, got {size}.")
     given = {name: value for name in names if (value := getattr(options, name)) not in ("", -1)}
     items = {"core_metric_every": 1, "core_metric_max_per_task": options.core_metric_max_per_task}
     config = Config.from_flat(had | items | given)
@@ -149,15 +152,14 @@ def request(options: argparse.Namespace, source: "Source", kinds: tuple[str, ...
                 "the URL of a zip or tar), or leave core out of --eval."
             )
         core.load(say)
-        if options.device_batch_size != -1:
-            core = dataclasses.replace(core, batch_rows=options.device_batch_size)
+        core = dataclasses.replace(core, batch_rows=None if size == -1 else size)
     return Request(
         source=source,
         kinds=kinds,
         core=core,
         tokens_dir=find_tokens(source, base_dir=options.base_dir, given=options.tokens) if "bpb" in kinds else "",
         eval_tokens=config.eval.eval_tokens,
-        device_batch_size=config.batch.device_batch_size,
+        device_batch_size=config.batch.device_batch_size if size == -1 else size,
         device_type=options.device_type,
         dtype=options.dtype,
     )
