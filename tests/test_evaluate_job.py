@@ -132,7 +132,7 @@ def test_a_reader_that_has_gone_takes_no_result_with_it(flags, tmp_path, monkeyp
 
 
 def test_rows_of_another_tokenizer_are_refused(ran, flags, prepared_base, tmp_path):
-    [folder] = (prepared_base / "tokens").iterdir()
+    folder = prepared_base / "tokens" / json.loads((ran.run_dir / "config.json").read_text())["data_fingerprint"]
     other = tmp_path / "tokens"
     other.mkdir()
     for file in folder.iterdir():

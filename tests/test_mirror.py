@@ -44,11 +44,11 @@ class Machine:
     def journal(self) -> Path:
         return self.run_dir / "metrics.jsonl"
 
-    def train(self, first: int, end: int) -> None:
-        """Journal the steps from `first` to before `end`, as a driver does between pull and close."""
+    def train(self, first: int, end: int, loss: float = 1.0) -> None:
+        """Journal the steps from `first` to before `end`, as a driver does between pull and close; `loss` tells them apart."""
         journal = Journal(self.journal)
         for step in range(first, end):
-            journal.log(step, {"train/loss": 1.0 / (step + 1)})
+            journal.log(step, {"train/loss": loss / (step + 1)})
         journal.close()
 
     def write(self, **files: str) -> None:
@@ -189,7 +189,7 @@ def emptied(first: Machine, store: Store, elsewhere: Path) -> None:
 def fork(first: Machine, store: Store, elsewhere: Path) -> None:
     """The run goes on elsewhere from what the store had, and this machine had more."""
     run_once(elsewhere, store, 3, 4)
-    first.train(3, 9)
+    first.train(3, 9, loss=2.0)  # both may journal step 3 in the same millisecond
 
 
 @pytest.mark.parametrize("elsewhere", [other_run, emptied, fork])

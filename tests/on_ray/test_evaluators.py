@@ -150,7 +150,10 @@ def test_a_run_has_the_values_of_one_without_evaluation_workers_though_one_is_ki
     monkeypatch.setattr(supervisor.Supervisor, "_start_crew", starts)
     folder, summary, lines = run_on(model_tag="beside", eval_workers=1)
     assert marker.exists()
-    assert asked == ["crew", "evaluators", "evaluators"]
+    assert asked.pop(0) == "crew"
+    # Once, again for the killed one, and once more where training ended before it and took the room along.
+    assert len(asked) in (2, 3)
+    assert set(asked) == {"evaluators"}
     assert [event["step"] for event in told(folder, "evaluation_failed")] == [2]
     assert any("its process died" in line and "trying again" in line for line in lines)
     assert values(folder) == values(in_line.run_dir)
