@@ -14,9 +14,11 @@ import logging
 import math
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 # A checkout where only the dependencies are installed is enough.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -71,13 +73,15 @@ def main(argv: Sequence[str]) -> int:
         followed = server.submit(entrypoint, working_dir=args.working_dir, stop_wait_s=args.stop_wait_s)
         return followed
 
-    try:
-        return submission.see_to_end(
-            server, submit, job=args.follow, place=config.run_uri, keep_alive=args.keep_alive, echo=_say
-        )
-    except KeyboardInterrupt:
-        _say(_farewell(args.address, followed or args.follow))
-        return INTERRUPTED
+    def leave(*_: object) -> NoReturn:
+        """At once: no answer and no connection that this process may be waiting for is of use any more."""
+        os.write(sys.stdout.fileno(), _farewell(args.address, followed or args.follow).encode())
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, leave)
+    return submission.see_to_end(
+        server, submit, job=args.follow, place=config.run_uri, keep_alive=args.keep_alive, echo=_say
+    )
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -105,12 +109,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _farewell(address: str, job: str) -> str:
     if not job:
-        return "nothing was submitted"
+        return "nothing was submitted\n"
     here = f"python jobs/submit.py --address {address}"
     return (
         f"\nno longer following {job}, which goes on\n"
         f"  stop it         {here} --stop {job}\n"
-        f"  follow it again {here} --follow {job}, with the other options of this command"
+        f"  follow it again {here} --follow {job}, with the other options of this command\n"
     )
 
 
