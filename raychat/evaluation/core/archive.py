@@ -59,10 +59,7 @@ def _fetched(place: str, sha256: str | None, cache: Path, echo: Callable[[str], 
     if folder.is_dir():
         return folder
     archive = folder.with_name(folder.name + ".archive")
-    try:
-        download_all([Job(url=url, target=archive, sha256=sha256)], label="CORE bundle", echo=echo)
-    except DataError as error:
-        raise DataError(str(error).replace(url, public_uri(url))) from None
+    download_all([Job(url=url, target=archive, sha256=sha256)], label="CORE bundle", echo=echo)
     try:
         return _unpack(archive, folder, public_uri(url), _sha256(archive), echo)
     finally:
