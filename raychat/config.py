@@ -57,9 +57,12 @@ class RunSettings:
     """log the last checkpoint to MLflow as an artifact"""
     dry_run: bool = False
     """print the plan, write plan.json, and stop"""
+    dry_run_steps: int = -1
+    """really train so many steps, beside the run, and print the plan with what was measured; alone: 20; -1: off"""
 
     def __post_init__(self) -> None:
         positive(self, "log_every")
+        positive_or_minus_one(self, "dry_run_steps")
         require(0 <= self.seed < 2**63, f"--seed must be at least 0 and below 2**63, got {self.seed}.")
         require(self.resume_from_step >= -1, f"--resume-from-step must be a step, or -1, got {self.resume_from_step}.")
         require(
@@ -161,6 +164,8 @@ class PrecisionSettings:
     """cross entropy over all logits at once, or in chunks that need less memory; auto: chunked on a CPU"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on with CUDA"""
+    grad_checkpoint: bool = False
+    """keep only the input of each block and compute the rest again in the backward pass: less memory, more time"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,6 +376,25 @@ class MoneySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    gpu: str = ""
+    """GPU to plan for, as a100-40gb, h100, rtx-4070 or cpu; default: that of --machine, else what this machine has"""
+    machine: str = ""
+    """machine type of the price table to plan for, as p4d.24xlarge: it decides GPUs and price"""
+    prices: str = ""
+    """TOML file with prices of your own, over those that ship with raychat"""
+    mfu: float = -1.0
+    """model FLOPs utilisation to plan with, percent; -1: from the table of what was measured on such devices"""
+    preemptions_per_hour: float = 0.0
+    """how often a spot machine is taken away, per machine and hour, for the cost of replayed steps"""
+
+    def __post_init__(self) -> None:
+        positive_or_minus_one(self, "mfu")
+        not_negative(self, "preemptions_per_hour")
+        require(self.mfu <= 100, f"--mfu is in percent, at most 100, got {self.mfu:g}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a run. `flat()` and `from_flat` convert to and from the flag names."""
 
@@ -385,6 +409,7 @@ class Config:
     data: DataSettings = field(default_factory=DataSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     money: MoneySettings = field(default_factory=MoneySettings)
+    plan: PlanSettings = field(default_factory=PlanSettings)
 
     def __post_init__(self) -> None:
         T = self.model.max_seq_len
