@@ -14,14 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from raychat import cli
 from raychat.export.evaluate import Request, evaluate_source
 from raychat.export.source import find_source
 from raychat.training.world import World
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKINGS = ("best-fit", "keep")
 
 
