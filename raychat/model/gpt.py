@@ -10,11 +10,13 @@ Legend: B rows, T positions, C = n_embd channels, H heads, Hkv key and value hea
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from raychat.errors import ConfigError
 from raychat.model.attention import attend
@@ -206,8 +208,9 @@ class GPT(nn.Module):
     A model built on meta becomes real by `to_empty(device=...)` and then `init_weights(seed)` or `load_state_dict`.
     The keys of `state_dict()` are names that other implementations of the same mathematics read.
 
-    Settings that may change at any time: `attention_backend` (a key of `attention.BACKENDS`) and `loss_impl` ("full"
-    or "chunked"). `set_compute_dtype` comes before the optimizer is built.
+    Settings that may change at any time: `attention_backend` (a key of `attention.BACKENDS`), `loss_impl` ("full" or
+    "chunked") and `grad_checkpoint` (in training keep only each block's input and compute the rest again in the backward
+    pass: the same numbers, less memory, a third more time). `set_compute_dtype` comes before the optimizer is built.
     """
 
     cos: Tensor
@@ -218,6 +221,7 @@ class GPT(nn.Module):
         self.config = config
         self.attention_backend = "sdpa"
         self.loss_impl = "full"
+        self.grad_checkpoint = False
         self.compute_dtype = torch.float32
         C = config.n_embd
         blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -311,14 +315,25 @@ class GPT(nn.Module):
         x = x0 = self._smear(norm(self.transformer["wte"](idx).to(dtype)), cache)
         resid, x0_share = self.resid_lambdas.to(dtype).unbind(), self.x0_lambdas.to(dtype).unbind()
         middle = x
+        recompute = self.grad_checkpoint and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer["h"].children()):
-            value_embed = self.value_embeds[str(i)](idx).to(dtype) if self.config.has_value_embed(i) else None
-            x = block(resid[i] * x + x0_share[i] * x0, value_embed, rotary, self.attention_backend, cache)
+            layer = (i, block, x, x0, (resid[i], x0_share[i]), idx, rotary, self.attention_backend, cache)
+            if recompute:  # nothing here is random, so no state of a generator has to be kept
+                x = checkpoint(self._layer, *layer, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self._layer(*layer)
             if i == self.config.n_layer // 2:
                 middle = x
         if cache is not None:
             cache.end()
         return norm(x - self.backout_lambda.to(dtype) * middle)
+
+    def _layer(
+        self, i: int, block: nn.Module, x: Tensor, x0: Tensor, shares: tuple[Tensor, Tensor], idx: Tensor, *context: Any
+    ) -> Float[Tensor, "B T C"]:
+        """Block `i` on its `shares` of the stream x and its beginning x0; `context`: what else the block takes."""
+        value_embed = self.value_embeds[str(i)](idx).to(x.dtype) if self.config.has_value_embed(i) else None
+        return block(shares[0] * x + shares[1] * x0, value_embed, *context)
 
     def _rotary(self, T: int, cache: Past | None, counts: Sequence[int] | None) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions of a pass: (T, 1, half), or with a cache (B, T, 1, half)."""

@@ -184,6 +184,7 @@ def build_model(config: Config, resolved: Resolved, device: torch.device) -> GPT
     model.init_weights(config.run.seed)
     model.loss_impl = resolved.loss
     model.attention_backend = resolved.attention
+    model.grad_checkpoint = config.precision.grad_checkpoint
     return model
 
 
@@ -203,7 +204,8 @@ def describe(
         f"device: {devices} ({rate})",
         f"precision: {resolved.dtype} ({resolved.dtype_reason})" + (", fp8 linears" if config.precision.fp8 else ""),
         f"attention: {resolved.attention} ({resolved.attention_reason}) | loss: {resolved.loss}"
-        f" | compile: {'on' if resolved.compile else 'off'}",
+        f" | compile: {'on' if resolved.compile else 'off'}"
+        + (" | activations: computed again in backward" if config.precision.grad_checkpoint else ""),
         f"vocabulary: {config.model.vocab_size:,} tokens",
         f"model: d{config.model.depth}, {counts.total:,} parameters ({counts.scaling:,} scaling), "
         f"{run.flops_per_token:.3g} FLOPs per token",

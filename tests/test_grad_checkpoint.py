@@ -1,0 +1,103 @@
+"""`--grad-checkpoint`: less is kept between the passes, and not a bit of the result changes."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from raychat.config import Config
+from raychat.model import GPT, GPTConfig
+from raychat.model.cache import KVCache
+from raychat.training.build import build_model
+from raychat.training.device import resolve
+
+SHAPE = GPTConfig(sequence_len=256, vocab_size=320, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL")
+
+
+def gpt(*, grad_checkpoint: bool, dtype: torch.dtype = torch.float32, loss: str = "full") -> GPT:
+    model = GPT(SHAPE)
+    model.set_compute_dtype(dtype)
+    model.init_weights(seed=1)
+    # A fresh head and fresh projections are near zero: gradients would not reach the blocks.
+    with torch.no_grad():
+        for i, param in enumerate(model.parameters()):
+            param.add_(torch.randn(param.shape, generator=torch.Generator().manual_seed(i)).to(param.dtype), alpha=0.05)
+    model.loss_impl, model.grad_checkpoint = loss, grad_checkpoint
+    return model
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, 320, (2, 257), generator=torch.Generator().manual_seed(7))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def loss_and_gradients(model: GPT) -> list[Tensor]:
+    loss = model(*rows(), reduction="sum")
+    (loss / 512).backward()
+    grads = [p.grad for p in model.parameters()]
+    return [loss.detach(), *(g for g in grads if g is not None)]
+
+
+def saved_bytes(model: GPT) -> int:
+    """Bytes that one forward pass keeps for its backward pass, the parameters left out."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(*rows())
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_and_gradients_are_the_same_bit_for_bit(dtype: torch.dtype, loss: str) -> None:
+    plain = loss_and_gradients(gpt(grad_checkpoint=False, dtype=dtype, loss=loss))
+    again = loss_and_gradients(gpt(grad_checkpoint=True, dtype=dtype, loss=loss))
+    assert len(plain) == len(again) == 1 + len(list(GPT(SHAPE).parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert all(g.abs().sum() > 0 for g in plain)
+
+
+def test_a_block_keeps_its_input_and_nothing_else() -> None:
+    plain, again = (saved_bytes(gpt(grad_checkpoint=on, loss="chunked")) for on in (False, True))
+    assert again < plain / 3
+    stream = 2 * 256 * 64 * 4
+    deeper = GPTConfig(**{**vars(SHAPE), "n_layer": 6})
+    six = GPT(deeper)
+    six.loss_impl, six.grad_checkpoint = "chunked", True
+    assert saved_bytes(six) == pytest.approx(again + 2 * stream, abs=4096)
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "cache"])
+def test_outside_of_training_nothing_is_computed_twice(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_args: object, **_kwargs: object) -> None:
+        pytest.fail("a block was checkpointed")
+
+    monkeypatch.setattr("raychat.model.gpt.checkpoint", never)
+    model = gpt(grad_checkpoint=True)
+    if mode == "eval":
+        model.eval()(*rows())
+        return
+    with torch.no_grad():
+        model(*rows()) if mode == "no_grad" else model(rows()[0], cache=KVCache(model, rows=2, capacity=256))
+
+
+def test_it_works_under_torch_compile() -> None:
+    model = gpt(grad_checkpoint=True)
+    plain = loss_and_gradients(gpt(grad_checkpoint=False))
+    loss = torch.compile(model, backend="aot_eager", dynamic=False)(*rows(), reduction="sum")
+    (loss / 512).backward()
+    torch.testing.assert_close([loss.detach(), *(p.grad for p in model.parameters())], plain, rtol=1e-4, atol=1e-6)
+
+
+def test_the_setting_reaches_the_model() -> None:
+    config = Config.from_flat({"depth": 2, "grad_checkpoint": True, "device_type": "cpu", "vocab_size": 512})
+    resolved = resolve(config, local_world_size=1)
+    assert build_model(config, resolved, torch.device("cpu")).grad_checkpoint
