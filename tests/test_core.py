@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 from raychat.data.tokenizer import Tokenizer, train_tokenizer
 from raychat.errors import ConfigError
-from raychat.evaluation.core import Bundle, CoreResult, evaluate_core, load_bundle
+from raychat.evaluation.core import Bundle, CoreResult, evaluate, evaluate_core, load_bundle
 from raychat.evaluation.core.prompts import question, texts
 from raychat.evaluation.core.reference import CORE_METRIC, GPT2, MODELS
 from raychat.evaluation.core.scoring import CLOSE, answer, answer_alone, batches, trees
@@ -105,10 +105,47 @@ def test_verdicts_do_not_depend_on_the_number_of_ranks(tokenizer, bundle, tmp_pa
 
 
 def on_a_rank(tokenizer, bundle) -> CoreResult | None:
+    evaluate.SLICE_CHARACTERS = 700  # several slices a task; in this process alone
     world = World(torch.distributed.get_rank(), torch.distributed.get_world_size())
     return evaluate_core(
         make_model(), Tokenizer.load(tokenizer), bundle, max_per_task=-1, world=world, batch_tokens=500, echo=print
     )
+
+
+def test_questions_are_in_tokens_a_slice_at_a_time_and_that_changes_no_verdict(tokenizer, bundle, monkeypatch):
+    """A slice holds the most questions that its characters allow, and at least one."""
+    whole = run(make_model(), tokenizer, bundle)
+    held = most_held(tokenizer, bundle)
+    assert held == 12  # a task
+    monkeypatch.setattr(evaluate, "SLICE_CHARACTERS", 1)
+    assert most_held(tokenizer, bundle) == 1
+    longest = max(len(text) for task in bundle.tasks for i in range(12) for text in texts(task, i))
+    monkeypatch.setattr(evaluate, "SLICE_CHARACTERS", 12 * longest)
+    assert 3 <= most_held(tokenizer, bundle) <= 12
+    assert seen(run(make_model(), tokenizer, bundle)) == seen(whole)
+
+
+def most_held(tokenizer, bundle) -> int:
+    """The most questions that were in tokens and not answered yet, at any time of an evaluation in passes of one."""
+    made, answered, most = 0, 0, 0
+
+    class Counting:
+        bos_id = tokenizer.bos_id
+
+        def encode(self, text):
+            nonlocal made
+            made += 1
+            return tokenizer.encode(text)
+
+    def between():
+        nonlocal answered, most
+        most, answered = max(most, made - answered), answered + 2
+        return False
+
+    only_schema = only(bundle, ["resolving"])  # two options an item, each encoded once
+    run(make_model(), Counting(), only_schema, batch_tokens=1, between=between)
+    assert made == answered == 24
+    return most // 2
 
 
 def test_every_rank_is_asked_equally_often_and_may_stop_together(tokenizer, bundle, tmp_path):

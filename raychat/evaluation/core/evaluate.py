@@ -1,7 +1,7 @@
 """The CORE metric (DCLM, arXiv:2406.11794) of a model: all tasks, spread over the ranks, on every rank the same result."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -14,6 +14,10 @@ from raychat.evaluation.core.scoring import answer, batches
 from raychat.model import GPT
 from raychat.model.fp8 import high_precision
 from raychat.progress import Progress
+
+# Characters of the questions that a rank holds in tokens at a time, each option counted: about 2 million tokens of 40 bytes.
+# The longest come first, so a slice holds questions of similar length, and enough of them for several passes.
+SLICE_CHARACTERS = 8_000_000
 
 
 class Ranks(Protocol):
@@ -62,19 +66,18 @@ def evaluate_core(
     tasks = bundle.cut(max_per_task).tasks
     size = batch_tokens or default_batch_tokens(model.lm_head.weight.device)
     weights = [_weights(task) for task in tasks]
-    shares = [_share(weight, world.rank, world.world_size) for weight in weights]
+    shares = [_slices(task, weight, world) for task, weight in zip(tasks, weights, strict=True)]
     results: dict[str, TaskResult] = {}
     with ExitStack() as stack:
         stack.enter_context(high_precision(model))
         advance: Callable[[float], None] = lambda amount: None  # noqa: E731
         if world.rank == 0:
-            mine = sum(weight[index] for weight, share in zip(weights, shares, strict=True) for index in share)
+            mine = sum(w[i] for w, slices in zip(weights, shares, strict=True) for some in slices for i in some)
             advance = stack.enter_context(Progress("CORE", mine, "characters", echo=echo)).advance
-        for task, weight, share in zip(tasks, weights, shares, strict=True):
+        for task, weight, slices in zip(tasks, weights, shares, strict=True):
             start = time.perf_counter()
-            questions = [question(task, index, tokenizer, model.cos.size(0)) for index in share]
             found: list[ItemResult] = []
-            for batch in _rounds(batches(questions, size), world):
+            for batch in _passes(task, slices, tokenizer, model.cos.size(0), size, world):
                 found += answer(model, batch) if batch else []
                 advance(sum(weight[q.index] for q in batch))
                 if between():
@@ -87,9 +90,14 @@ def evaluate_core(
     return CoreResult(results)
 
 
-def _rounds(mine: list[list[Question]], world: Ranks) -> list[list[Question]]:
-    """The batches of this rank, and empty ones after them until every rank has as many."""
-    return mine + [[]] * (max(world.gather(len(mine))) - len(mine))
+def _passes(
+    task: Task, slices: list[list[int]], tokenizer: Codec, reach: int, batch_tokens: int, world: Ranks
+) -> Iterator[list[Question]]:
+    """The questions of this rank in batches, one slice in tokens at a time; every rank gets as many, some of them empty."""
+    for indices in slices:
+        mine = batches([question(task, index, tokenizer, reach) for index in indices], batch_tokens)
+        yield from mine + [[]] * (max(world.gather(len(mine))) - len(mine))
+        del mine  # before the next slice is made
 
 
 def _weights(task: Task) -> list[int]:
@@ -101,9 +109,20 @@ def _weights(task: Task) -> list[int]:
     return weights
 
 
-def _share(weights: list[int], rank: int, world_size: int) -> list[int]:
-    """The items of `rank`: dealt by weight to and fro, so that ranks have as much to do, in passes of similar lengths."""
-    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
-    rounds = [order[n : n + world_size] for n in range(0, len(order), world_size)]
-    dealt = [one if n % 2 == 0 else [*reversed(one)] for n, one in enumerate(rounds)]
-    return sorted(one[rank] for one in dealt if rank < len(one))
+def _slices(task: Task, weights: list[int], world: Ranks) -> list[list[int]]:
+    """The items of this rank, as many slices as on any other: dealt by weight to and fro, the heaviest first.
+
+    Ranks then have as much to do, in passes of similar lengths.
+    """
+    order, size = sorted(range(len(weights)), key=lambda i: (-weights[i], i)), world.world_size
+    slices: list[list[int]] = []
+    room = 0
+    for n, first in enumerate(range(0, len(order), size)):
+        dealt = order[first : first + size][:: 1 if n % 2 == 0 else -1]
+        characters = max(weights[i] * len(task.items[i].options) for i in dealt)
+        if not slices or characters > room:
+            slices.append([])
+            room = SLICE_CHARACTERS
+        room -= characters
+        slices[-1] += dealt[world.rank : world.rank + 1]
+    return slices
