@@ -22,6 +22,7 @@ from raychat import cli
 from raychat.checks import require
 from raychat.config import Config
 from raychat.errors import ConfigError
+from raychat.export.flags import ModelFlags
 
 if TYPE_CHECKING:  # --help does not wait for torch
     from raychat.export.evaluate import Request
@@ -37,16 +38,7 @@ def main(args: Sequence[str]) -> int:
     kinds = asked(options.eval)
     if options.num_workers < 1:
         raise ConfigError(f"--num-workers {options.num_workers} is no number of workers: use 1 or more.")
-    from raychat.export.source import find_source  # after --help: torch takes seconds to load
-
-    source = find_source(
-        path=options.path,
-        model_tag=options.model_tag,
-        step=options.step,
-        base_dir=options.base_dir,
-        storage_path=options.storage_path,
-        tokenizer=options.tokenizer,
-    )
+    source = ModelFlags.of(options).find()
     step = "" if source.step is None else f", step {source.step}"
     print(f"model: {source.name}{step} ({source.place})", flush=True)
     folder = output_folder(options, source)
@@ -66,15 +58,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--eval", default="core,bpb,sample", help="what to do, in this order (default: %(default)s)")
-    model = made.add_argument_group("model")
-    model.add_argument(
-        "--path", default="", help="a checkpoint, a run directory or an exported directory; s3:// and gs:// too"
-    )
-    model.add_argument("--model-tag", default="", help="name of the run; default: the one that saved last")
-    model.add_argument("--step", type=int, default=-1, help="of the checkpoint; default: the newest")
-    model.add_argument("--base-dir", default="", help="default: RAYCHAT_BASE_DIR, else ~/.cache/raychat")
-    model.add_argument("--storage-path", default="", help="where the runs are kept, as in training")
-    model.add_argument("--tokenizer", default="", help="its folder or name, where it is not found by itself")
+    ModelFlags.add_to(made)
     how = made.add_argument_group("evaluation")
     how.add_argument("--core-bundle", default="", help="folder or URL; default: the run's, else <base-dir>/core_bundle")
     how.add_argument("--core-metric-max-per-task", type=int, default=-1, help="items per CORE task; default: all")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat import cli
 from raychat.errors import ConfigError
+from raychat.export.flags import ModelFlags
 from raychat.uris import public_uri
 
 
@@ -28,18 +29,10 @@ def main(argv: Sequence[str]) -> int:
             f"--output {public_uri(args.output)!r} is no folder of this machine, and exports are written to one: give it, "
             "and copy it to a bucket afterwards."
         )
-    from raychat.export.source import find_source  # after the flags: torch takes seconds to load
-    from raychat.export.write import export
+    from raychat.export.write import export  # after the flags: torch takes seconds to load
     from raychat.training.device import DTYPES
 
-    source = find_source(
-        path=args.path,
-        model_tag=args.model_tag,
-        step=args.step,
-        base_dir=args.base_dir,
-        storage_path=args.storage_path,
-        tokenizer=args.tokenizer,
-    )
+    source = ModelFlags.of(args).find()
     print(f"model: {source.place}" + ("" if source.step is None else f" (step {source.step:,})"), flush=True)
     formats = ("lineage", "huggingface") if args.format == "both" else (args.format,)
     written = export(source, Path(args.output).absolute(), formats, dtype=DTYPES[args.dtype], echo=_echo)
@@ -60,19 +53,12 @@ def _parser() -> argparse.ArgumentParser:
         "--output", required=True, help="folder to write, empty or absent; with both: one below it for each"
     )
     parser.add_argument(
-        "--path", default="", help="checkpoint, run directory or exported directory, local or in a bucket"
-    )
-    parser.add_argument("--model-tag", default="", help="run to export; default: the one that saved last")
-    parser.add_argument("--step", type=int, default=-1, help="checkpoint to export; default: the newest that is whole")
-    parser.add_argument("--base-dir", default="", help="default: RAYCHAT_BASE_DIR, else ~/.cache/raychat")
-    parser.add_argument("--storage-path", default="", help="where the runs are kept; default: <base-dir>/runs")
-    parser.add_argument("--tokenizer", default="", help="folder or name of the run's tokenizer, where it is not found")
-    parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
         help="of the weights: float32 loses nothing, bfloat16 is half the size (default: %(default)s)",
     )
+    ModelFlags.add_to(parser)
     return parser
 
 

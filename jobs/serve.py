@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat import cli
 from raychat.checks import require
+from raychat.export.flags import ModelFlags
 
 KEY_VARIABLE = "RAYCHAT_API_KEY"
 
@@ -30,8 +31,7 @@ def main(args: list[str]) -> int:
         all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))),
         "Ray Serve is not installed: pip install 'raychat[serve]' (or 'ray[serve]', beside what is there).",
     )
-    from raychat.export.source import find_source  # after the parser: ray and torch take seconds to load
-    from raychat.on_ray import serving
+    from raychat.on_ray import serving  # after the parser: ray and torch take seconds to load
 
     file = given.api_key_file
     key = os.environ.pop(KEY_VARIABLE, "")  # out of the environment that the processes of Ray inherit
@@ -46,13 +46,7 @@ def main(args: list[str]) -> int:
         dtype=given.dtype,
         address=given.address,
     )
-    source = find_source(
-        path=given.path,
-        model_tag=given.model_tag,
-        step=given.step,
-        base_dir=given.base_dir,
-        storage_path=given.storage_path,
-    )
+    source = ModelFlags.of(given).find()
     key_hint = f"$(cat {shlex.quote(str(file))})" if file else f"${KEY_VARIABLE}"
     serving.run(source, settings, key_hint=key_hint, echo=lambda text: print(text, flush=True))
     return 0
@@ -61,13 +55,7 @@ def main(args: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument(
-        "--path", default="", help="checkpoint, run directory or exported directory, local or s3://, gs://"
-    )
-    made.add_argument("--model-tag", default="", help="run, when no --path is given; default: the newest")
-    made.add_argument("--step", type=int, default=-1, help="of the checkpoint; default: the newest that is whole")
-    made.add_argument("--base-dir", default="", help="as in training; default: RAYCHAT_BASE_DIR or ~/.cache/raychat")
-    made.add_argument("--storage-path", default="", help="folder of the runs, or s3:// or gs://, as in training")
+    ModelFlags.add_to(made)
     made.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine only"
     )
