@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat import cli
 from raychat.errors import ConfigError
+from raychat.export.flags import ModelFlags
 
 if TYPE_CHECKING:  # --help does not wait for torch
     from raychat.export.source import Loaded
@@ -55,19 +56,11 @@ def load(options: argparse.Namespace) -> "Loaded":
     """The model that the flags name, ready to write."""
     import torch
 
-    from raychat.export.source import find_source
     from raychat.model.generation import cast_matrices_
     from raychat.training.device import DTYPES, device_type
 
     device = torch.device(device_type(options.device_type))
-    source = find_source(
-        path=options.path,
-        model_tag=options.model_tag,
-        step=options.step,
-        base_dir=options.base_dir,
-        storage_path=options.storage_path,
-        tokenizer=options.tokenizer,
-    )
+    source = ModelFlags.of(options).find()
     loaded = source.load(device, DTYPES.get(options.dtype))
     cast_matrices_(loaded.model)
     dtype = str(loaded.model.compute_dtype).removeprefix("torch.")
@@ -83,16 +76,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--prompt", action="append", help="text to continue; may be given again; default: read stdin line by line")
-    add("--model-tag", default="", help="run to load; default: the one that saved last")
-    add("--step", type=int, default=-1, help="step of its checkpoint; default: the newest")
-    add(
-        "--path",
-        default="",
-        help="instead: a checkpoint, a run directory or an exported directory; s3:// and gs:// too",
-    )
-    add("--base-dir", default="", help="as in training; default: RAYCHAT_BASE_DIR or ~/.cache/raychat")
-    add("--storage-path", default="", help="where the runs are, as in training; default: <base-dir>/runs")
-    add("--tokenizer", default="", help="folder or name of the tokenizer, where it is not found by itself")
     add("--max-tokens", type=int, help=f"length of a text; default: {DEFAULT_TOKENS}, or as many as fit")
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token; default: %(default)s")
     add("--top-k", type=int, default=50, help="draw from the k likeliest tokens, -1: all; default: %(default)s")
@@ -111,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
         choices=["auto", "bfloat16", "float32", "float16"],
         help="compute dtype; auto: that of the run",
     )
+    ModelFlags.add_to(made)
     return made
 
 
@@ -215,7 +199,6 @@ def note(text: str) -> None:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):  # bytes that are no text, letters that a terminal has not
-            stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text
+        sys.stdin.reconfigure(errors="replace")
     cli.run_job(main)

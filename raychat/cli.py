@@ -1,6 +1,7 @@
 """The command line: defaults < `--preset` < flags, parsed from the dataclasses of `raychat.config` by tyro."""
 
 import errno
+import io
 import os
 import sys
 import tomllib
@@ -62,6 +63,9 @@ def preset_names() -> list[str]:
 
 def run_job(main: Callable[[list[str]], int | None]) -> None:
     """Call `main` with the arguments and exit: 0 done, 2 bad input in one message, 1 anything else."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that a terminal has not ends no job
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:])
     except RaychatError as error:
