@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the supervisor watches the nodes itself, and more often
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # of 2 s: how soon a dead worker is noticed
 }
+NO_TOKEN = "InvalidAuthToken"  # what Ray's messages call a token that is missing or wrong
 OBJECT_STORE_BYTES = 2**30  # of a cluster on this machine: a few blocks of rows are all that passes through
 
 
@@ -77,7 +78,7 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
     """Connect to the cluster of `config`, or start one on this machine for as long as the block runs.
 
     Raises:
-        ConfigError: when there is no cluster at the address.
+        ConfigError: when there is no cluster at the address, or it wants a token that this process has not.
     """
     address = address_of(config)
     for name, value in ENVIRONMENT.items():
@@ -96,12 +97,12 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
             log_to_driver=False,  # what a worker has to say comes through the inbox, once and whole
             job_config=JobConfig(_py_driver_sys_path=code_path()),
         )
-    except ray.exceptions.AuthenticationError as error:
-        raise ConfigError(
-            f"The Ray cluster at {address!r} asks for a token: export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or keep the "
-            "token in ~/.ray/auth_token, as `ray get-auth-token --generate` does)."
-        ) from error
-    except (ConnectionError, ValueError) as error:
+    except (ray.exceptions.AuthenticationError, ConnectionError, ValueError) as error:
+        if _is_about_a_token(error):
+            raise ConfigError(
+                f"The Ray cluster at {address!r} asks for a token, and this process gave none, or another one: export "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or copy the cluster's ~/.ray/auth_token to the same place here)."
+            ) from error
         raise ConfigError(
             f"There is no Ray cluster at {address!r} ({error}). Start one with `ray start --head`, correct --address or "
             "RAY_ADDRESS, or leave both out to start one here."
@@ -117,3 +118,10 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
         yield cluster
     finally:
         ray.shutdown()
+
+
+def _is_about_a_token(error: BaseException | None) -> bool:
+    """Whether a cluster refused who did not show its token; Ray says it in what the error was raised from."""
+    if error is None or isinstance(error, ray.exceptions.AuthenticationError):
+        return error is not None
+    return NO_TOKEN in str(error) or _is_about_a_token(error.__cause__)
