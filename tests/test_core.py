@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks.core import measure, one_process, random_model
+from benchmarks.core import measure, one_process, random_model, table
 from core_bundles import SHARED, WORDS, write_bundle
 from core_reference import verdicts
 from ranks import run_ranks
@@ -322,3 +322,9 @@ def test_every_lever_of_the_benchmark_gives_the_verdicts_of_the_naive_way(tokeni
     wrong = {"naive": ways["naive"], "wrong": lambda bundle: [None] * 12}
     measure(bundle, wrong, lines.append)
     assert any("wrong differs from naive" in line for line in lines)
+    assert "2.0 (1.5 to 2.5) x naive" in table([rated(30, 20), rated(50, 20)], ["naive", "read"])[2]
+
+
+def rated(*seconds: float) -> dict[str, dict[str, float]]:
+    """Two tasks that took so long together, the ways in turn."""
+    return {task: {"naive": seconds[0] / 2, "read": seconds[1] / 2} for task in ("one", "other")}

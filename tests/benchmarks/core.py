@@ -1,17 +1,19 @@
 """How fast CORE is beside one option per forward pass with logits at every position, and which lever gives how much.
 
-  python tests/benchmarks/core.py --core-bundle DIR --tokenizer DIR [--items 20] [--tasks copa,piqa]
+  python tests/benchmarks/core.py --core-bundle DIR --tokenizer DIR [--items 20] [--rounds 3] [--tasks copa,piqa]
 
 Each way of computing adds one lever to the one before: `naive`; `read` (logits only where they are read); `share` (what the
 options have in common is computed once); `batch` (questions of similar length share a pass); `workers` (two processes of
 one thread instead of one of two). They take turns task by task, so that a change of the machine's speed meets all alike,
-and their verdicts are compared. The model has the shapes of `--depth 4` with random weights.
+and change their order from round to round; their verdicts are compared. The model has the shapes of `--depth 4` with random
+weights. With --output, rounds are added to those that the file holds: a long measurement can be made in pieces.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -146,7 +148,7 @@ def _verdicts(result: CoreResult | None) -> Verdicts:
 def measure(
     bundle: Bundle, ways: dict[str, Callable[[Bundle], Verdicts]], echo: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
-    """Seconds per task and way; says where a verdict differs from the naive one."""
+    """Seconds per task and way; says where a verdict differs from that of the first way."""
     seconds: dict[str, dict[str, float]] = {}
     for task in bundle.tasks:
         single, found = replace(bundle, tasks=(task,)), {}
@@ -163,15 +165,38 @@ def measure(
     return seconds
 
 
+def table(rounds: list[dict[str, dict[str, float]]], ways: list[str]) -> list[str]:
+    """Per way: seconds of all tasks, and how many times faster than the first way and than the one before.
+
+    Medians over the rounds, lowest and highest in brackets; a ratio is one of times of the same round.
+    """
+    totals = {way: [sum(task[way] for task in seconds.values()) for seconds in rounds] for way in ways}
+
+    def spread(values: list[float], digits: int) -> str:
+        low, middle, high = min(values), statistics.median(values), max(values)
+        return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+    lines = [f"{len(rounds)} rounds: median (lowest to highest)"]
+    for way, before in zip(ways, [ways[0], *ways], strict=False):
+        faster, step = (
+            [slow / fast for slow, fast in zip(totals[other], totals[way], strict=True)] for other in (ways[0], before)
+        )
+        lines.append(
+            f"{way:<10}{spread(totals[way], 1):>24} s   {spread(faster, 1):>20} x {ways[0]}   {spread(step, 2):>22} x {before}"
+        )
+    return lines
+
+
 def main() -> None:
     """Measure, and print a table; with --output also its numbers as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--core-bundle", required=True, help="folder of the bundle")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer, best of 32768 tokens")
-    parser.add_argument("--items", type=int, default=20, help="items per task")
+    parser.add_argument("--items", type=int, default=20, help="items per task, at least 11; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--tasks", default="", help="labels, separated by commas; default: all")
     parser.add_argument("--ways", default="naive,read,share,batch,workers", help="which ways, in turn")
-    parser.add_argument("--output", type=Path, help="JSON file for the seconds")
+    parser.add_argument("--output", type=Path, help="JSON file for the seconds of all rounds")
     flags = parser.parse_args()
     echo = lambda line: print(line, flush=True)  # noqa: E731, T201  a benchmark speaks to the terminal
     bundle = load_bundle(flags.core_bundle, Path(), echo).cut(flags.items)
@@ -184,13 +209,14 @@ def main() -> None:
         ways["workers"] = crew.evaluate
     ways = {name: ways[name] for name in flags.ways.split(",")}
     echo(f"{torch.get_num_threads()} threads, passes of {default_batch_tokens(torch.device('cpu')):,} tokens")
-    seconds = measure(bundle, ways, echo)
-    totals = {name: sum(task[name] for task in seconds.values()) for name in ways}
-    echo("total".ljust(34) + "".join(f"{name} {s:8.2f}s  " for name, s in totals.items()))
-    base = next(iter(totals.values()))
-    echo("speed-up".ljust(34) + "".join(f"{name} {base / s:7.2f}x   " for name, s in totals.items()))
-    if flags.output:
-        flags.output.write_text(json.dumps({"seconds": seconds, "total": totals}, indent=1) + "\n")
+    rounds = json.loads(flags.output.read_text()) if flags.output and flags.output.is_file() else []
+    for _ in range(flags.rounds):
+        order = list(ways)[:: -1 if len(rounds) % 2 else 1]
+        rounds.append(measure(bundle, {name: ways[name] for name in order}, echo))
+        if flags.output:
+            flags.output.write_text(json.dumps(rounds, indent=1) + "\n")
+    for line in table(rounds, list(ways)):
+        echo(line)
     if crew:
         crew.close()
 
