@@ -37,6 +37,12 @@ class RunSettings:
     """seed of the initial weights and of the data order"""
     init_from: str = ""
     """exported directory whose weights a new run begins with; default: random ones from the seed"""
+    perturbation: int = 0
+    """changes the last bit of some initial weights, another set for each number: what a repeat differs by; 0: none"""
+    stop_at: int = -1
+    """save and stop at this step, in the middle of the schedule; -1: at the horizon"""
+    mlflow_parent: str = ""
+    """MLflow run that this one is shown under, as the trials of a search are"""
     log_every: int = 1
     """steps between log lines"""
     resume_from_step: int = -1
@@ -62,7 +68,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         positive(self, "log_every")
-        positive_or_minus_one(self, "dry_run_steps")
+        positive_or_minus_one(self, "dry_run_steps", "stop_at")
+        not_negative(self, "perturbation")
         require(0 <= self.seed < 2**63, f"--seed must be at least 0 and below 2**63, got {self.seed}.")
         require(self.resume_from_step >= -1, f"--resume-from-step must be a step, or -1, got {self.resume_from_step}.")
         require(

@@ -27,6 +27,7 @@ NEVER = frozenset(
         "vocab_size",
         "seed",
         "init_from",
+        "perturbation",
     }
 )
 PERMISSION = frozenset(
