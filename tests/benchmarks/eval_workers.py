@@ -1,0 +1,270 @@
+"""What `--eval-workers 1` costs training: a run on Ray, of which every fourth block of steps is beside an evaluation.
+
+  python tests/benchmarks/eval_workers.py --cycles 7
+
+The worker that trains has the first core of this machine to itself, with all its threads; the evaluation worker, the
+driver and Ray share the second one. Blocks of steps take turns:
+
+  beside   begins with the checkpoint, which the evaluation worker evaluates for about as long as the block lasts
+  alone    nothing but training
+  busy     nothing is handed over, but a process of the same work, at the same priority, keeps the second core busy
+  alone
+
+`busy` is what sharing the machine costs (memory bandwidth, caches, clock), `beside` less `busy` what the hand-over costs:
+the copy and writing of the checkpoint, events, results. The first two cycles, in which threads warm up and the evaluation
+worker starts, are left out. Linux only.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from raychat import cli
+from raychat.config import Config
+from raychat.errors import RaychatError
+from raychat.export.evaluate import Request, evaluate_source
+from raychat.export.source import find_source
+from raychat.on_ray import driver
+from raychat.on_ray.group import NICENESS
+from raychat.tracking.journal import records_from
+from raychat.training.world import World
+
+BLOCKS = ("beside", "alone", "busy", "alone")
+TRAINING_CORE, OTHER_CORE = 0, 1
+WARM_UP = 2  # cycles: there is no checkpoint to evaluate in the first, and the worker that does it starts in the second
+LOOK_S = 0.05
+TRAINING_OVER_EVALUATION = 3.0  # times that a training step takes as long as evaluating its tokens
+COVERED = 0.85  # share of a block that the evaluation of its checkpoint is to take
+
+
+def flags_of(args: argparse.Namespace, base_dir: Path) -> dict[str, Any]:
+    """The run: an evaluation at the beginning of each cycle, and no checkpoints but for it."""
+    tokens = int(COVERED * TRAINING_OVER_EVALUATION * args.steps * args.total_batch_size)
+    return {
+        "base_dir": str(base_dir),
+        "model_tag": "beside",
+        "run": "dummy",
+        "corpus": args.corpus,
+        "depth": args.depth,
+        "max_seq_len": 512,
+        "vocab_size": 4096,
+        "window_pattern": "L",
+        "device_type": "cpu",
+        "device_batch_size": 4,
+        "total_batch_size": args.total_batch_size,
+        "num_iterations": len(BLOCKS) * args.steps * args.cycles,
+        "eval_workers": 1,
+        "eval_every": len(BLOCKS) * args.steps,
+        "eval_tokens": args.eval_tokens or tokens,
+        "core_metric_every": -1,
+        "sample_every": -1,
+        "save_every": -1,
+        "num_workers": 1,
+    }
+
+
+class Rival:
+    """A process that evaluates one checkpoint again and again, as long as it is wanted."""
+
+    def __init__(self) -> None:
+        self._process: Any = None
+
+    def start(self, checkpoint: Path, config: Config, tokens_dir: Path) -> None:
+        """Get ready, and wait."""
+        target = (checkpoint, tokens_dir, config.eval.eval_tokens, config.batch.device_batch_size)
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=_evaluate_for_ever, args=target, daemon=True
+        )
+        self._process.start()
+        self.go(False)
+
+    def go(self, wanted: bool) -> None:
+        """Go on, or stand still."""
+        if self._process is not None:
+            os.kill(self._process.pid, signal.SIGCONT if wanted else signal.SIGSTOP)
+
+    def end(self) -> None:
+        """Be gone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+
+
+def _evaluate_for_ever(checkpoint: Path, tokens_dir: Path, eval_tokens: int, device_batch_size: int) -> None:
+    os.nice(NICENESS)
+    request = Request(
+        source=find_source(path=str(checkpoint)),
+        kinds=("bpb",),
+        core=None,
+        tokens_dir=str(tokens_dir),
+        eval_tokens=eval_tokens,
+        device_batch_size=device_batch_size,
+    )
+    while True:
+        evaluate_source(World(), request)
+
+
+class Watch(threading.Thread):
+    """Reads the journal of the run while it is written, binds the worker that trains to its core, and calls the rival."""
+
+    def __init__(self, config: Config, steps: int) -> None:
+        super().__init__(daemon=True, name="watch")
+        self.config, self.steps = config, steps
+        self.records: list[dict[str, Any]] = []
+        self.rival, self._over = Rival(), threading.Event()
+
+    def run(self) -> None:
+        """Until `close`."""
+        offset, path = 0, self.config.run_dir / "metrics.jsonl"
+        while not self._over.wait(LOOK_S):
+            if not path.exists():
+                continue
+            for record, end in records_from(path, offset):
+                offset = end
+                self.records.append(record)
+                self._heed(record)
+
+    def close(self) -> None:
+        """No more is read."""
+        self._over.set()
+        self.join()
+        self.rival.end()
+
+    def _heed(self, record: dict[str, Any]) -> None:
+        if record.get("event") == "ranks":
+            for rank in record["ranks"]:
+                _bind(rank["pid"], TRAINING_CORE)
+        elif record.get("event") == "checkpoint" and self.rival._process is None:
+            kept = self.config.base_dir / "kept"
+            shutil.copytree(self.config.run_dir, kept)
+            tokens = next((self.config.base_dir / "tokens").glob("*/manifest.json")).parent
+            self.rival.start(kept, self.config, tokens)
+        elif "train/dt" in record:
+            self.rival.go(block_of(record["step"] + 1, self.steps) == "busy")
+
+
+def _bind(pid: int, core: int) -> None:
+    """All threads that the process has, and those that they will start."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            os.sched_setaffinity(int(thread.name), {core})
+
+
+def block_of(step: int, steps: int) -> str:
+    """What goes on beside `step`."""
+    return BLOCKS[step // steps % len(BLOCKS)]
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """Seconds that training took for its blocks, and how the evaluation lay in its own."""
+
+    beside: float
+    alone: float
+    """the mean of the two"""
+    busy: float
+    evaluation: float
+    """seconds from the beginning of the block to the result, over those of the block"""
+    stall: float
+    """seconds that training stood still for the checkpoint"""
+
+    @property
+    def lost(self) -> float:
+        """Percent of the throughput, of which `shared` would be lost to any work on the other core."""
+        return 100 * (1 - self.alone / self.beside)
+
+    @property
+    def shared(self) -> float:
+        """Percent of the throughput."""
+        return 100 * (1 - self.alone / self.busy)
+
+
+def cycles(records: list[dict[str, Any]], steps: int) -> list[Cycle]:
+    """What the journal says of each whole cycle but the first two."""
+    at = {record["step"]: record["time"] for record in records if "train/dt" in record}
+    told = {record["step"]: record for record in records if record.get("event") == "evaluated"}
+    saved = {record["step"]: record for record in records if record.get("event") == "checkpoint"}
+    found, length = [], len(BLOCKS) * steps
+    for first in range(WARM_UP * length, max(at) - length + 2, length):
+        edges = [at[first + n * steps - 1] for n in range(len(BLOCKS) + 1)]
+        beside, before, busy, after = (end - start for start, end in zip(edges, edges[1:], strict=False))
+        took = told[first]["time"] - edges[0] if first in told else float("nan")
+        found.append(Cycle(beside, (before + after) / 2, busy, took / beside, saved[first]["stall_s"]))
+    return found
+
+
+def report(found: list[Cycle], steps: int) -> list[str]:
+    """A line per cycle and the medians."""
+    lines = []
+    for n, cycle in enumerate(found, 1):
+        lines.append(
+            f"cycle {n}: {1000 * cycle.alone / steps:.1f} ms a step alone, {1000 * cycle.beside / steps:.1f} beside "
+            f"({cycle.lost:+.2f}%), {1000 * cycle.busy / steps:.1f} busy ({cycle.shared:+.2f}%); the evaluation took "
+            f"{100 * cycle.evaluation:.0f}% of its block, the checkpoint stopped training for {1000 * cycle.stall:.0f} ms"
+        )
+        if not 0.7 < cycle.evaluation < 1.05:
+            lines.append("  that is not about as long as the block: change --eval-tokens in proportion")
+    for name, values in {
+        "lost beside an evaluation": [cycle.lost for cycle in found],
+        "lost beside the same work without a hand-over": [cycle.shared for cycle in found],
+        "the hand-over": [cycle.lost - cycle.shared for cycle in found],
+    }.items():
+        lines.append(f"{name}: median {statistics.median(values):.2f}%, from {min(values):.2f}% to {max(values):.2f}%")
+    return lines
+
+
+def main(argv: list[str]) -> int:
+    """Run, and print a line per cycle and the medians."""
+    parser = argparse.ArgumentParser(
+        prog="python tests/benchmarks/eval_workers.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--cycles", type=int, default=7, help="of four blocks, two of them for warming up; default: %(default)s"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="per block; default: %(default)s")
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--total-batch-size", type=int, default=2048, help="tokens of a step; default: %(default)s")
+    parser.add_argument("--eval-tokens", type=int, default=0, help="default: what fills most of a block")
+    parser.add_argument("--corpus", default="embedded")
+    parser.add_argument(
+        "--base-dir", type=Path, help="where data are prepared and the run is made anew; default: temporary"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the seconds of each cycle")
+    args = parser.parse_args(argv)
+    if os.cpu_count() == 1 or not hasattr(os, "sched_setaffinity"):
+        raise RaychatError("This benchmark binds processes to two cores. It needs Linux and a second core.")
+    echo = lambda line: print(line, flush=True)  # noqa: E731, T201  a benchmark speaks to the terminal
+    os.sched_setaffinity(0, {OTHER_CORE})  # inherited by all that Ray starts
+    with tempfile.TemporaryDirectory(prefix="raychat-eval-workers-") as folder:
+        config = Config.from_flat(flags_of(args, args.base_dir or Path(folder)) | {"fresh": True})
+        watch = Watch(config, args.steps)
+        watch.start()
+        try:
+            driver.run(config, echo=echo)
+        finally:
+            watch.close()
+        found = cycles(watch.records, args.steps)
+    for line in report(found, args.steps):
+        echo(line)
+    if args.output:
+        args.output.write_text(json.dumps([vars(cycle) for cycle in found], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run_job(main)

@@ -1,0 +1,36 @@
+"""tests/benchmarks/eval_workers.py: what it makes of a journal. The run itself needs minutes and two cores."""
+
+import pytest
+from benchmarks.eval_workers import BLOCKS, block_of, cycles, report
+
+STEPS = 5
+PACE = {"beside": 1.1, "busy": 1.05, "alone": 1.0}
+
+
+def journal(number_of_cycles: int) -> list[dict]:
+    """A run whose steps take as long as `PACE` says of their block, and the evaluation four seconds."""
+    records, now = [], 0.0
+    for step in range(number_of_cycles * len(BLOCKS) * STEPS):
+        if step and step % (len(BLOCKS) * STEPS) == 0:
+            records.append({"event": "checkpoint", "step": step, "stall_s": 0.01, "time": now})
+            records.append({"event": "evaluated", "step": step, "time": now + 4.4})
+        now += PACE[block_of(step, STEPS)]
+        records.append({"step": step, "train/dt": PACE[block_of(step, STEPS)], "time": now})
+    return records
+
+
+def test_blocks_of_a_cycle_are_told_apart_and_the_first_two_cycles_left_out():
+    found = cycles(journal(5), STEPS)
+    assert len(found) == 3
+    for cycle in found:
+        assert (cycle.beside, cycle.alone, cycle.busy) == pytest.approx((5.5, 5.0, 5.25))
+        assert cycle.lost == pytest.approx(100 * (1 - 1 / 1.1))
+        assert cycle.shared == pytest.approx(100 * (1 - 1 / 1.05))
+        assert cycle.evaluation == pytest.approx(0.8)
+    assert "lost beside an evaluation: median 9.09%, from 9.09% to 9.09%" in report(found, STEPS)
+
+
+def test_an_evaluation_that_does_not_fill_its_block_is_pointed_out():
+    records = [r | {"time": r["time"] - 2.2} if r.get("event") == "evaluated" else r for r in journal(3)]
+    assert any("--eval-tokens" in line for line in report(cycles(records, STEPS), STEPS))
+    assert not any("--eval-tokens" in line for line in report(cycles(journal(3), STEPS), STEPS))
