@@ -3,7 +3,6 @@
 Its last file is the validation split of every run, however few files a run downloads, so that runs compare.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,24 +11,13 @@ import pyarrow.parquet as pq
 
 from raychat.data.download import Job, download_all
 from raychat.errors import ConfigError, DataError
+from raychat.planning.text import CLIMBMIX_SHARDS, climbmix_files
 
 BASE_URL = "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main"
-LAST_SHARD = 6542
-SHARD_CHARS = 250e6
+LAST_SHARD = CLIMBMIX_SHARDS
 SHARD_BYTES = 100e6
-# The most that a 32,768-token vocabulary was seen to reach on web text, so that the estimate never falls short.
-CHARS_PER_TOKEN = 5.0
-# What best-fit packing loses to cropping with a buffer of 1,000 documents.
-PACKING_LOSS = 0.13
 
-
-def shards_needed(tokens_needed: int) -> int:
-    """Files for `tokens_needed` packed training tokens without repetition, the validation file included.
-
-    At most all there are; a longer run repeats them.
-    """
-    tokens_per_shard = SHARD_CHARS / CHARS_PER_TOKEN * (1 - PACKING_LOSS)
-    return min(LAST_SHARD, max(1, math.ceil(tokens_needed / tokens_per_shard))) + 1
+shards_needed = climbmix_files
 
 
 def shard_names(num_data_shards: int) -> list[str]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from raychat.data.shards import (
     ShardInfo,
     ShardSpec,
     ShardTask,
+    Split,
     fingerprint,
     finished,
     make_shard,
@@ -32,10 +33,31 @@ from raychat.data.shards import (
 from raychat.data.tokenizer import Tokenizer, train_tokenizer
 from raychat.errors import ConfigError, DataError
 from raychat.planning import recipe
+from raychat.planning.files import marks
+from raychat.planning.requests import (
+    Prepared,
+    Sample,
+    Totals,
+    begun,
+    corpus_name,
+    files_wanted,
+    request_of,
+    write_record,
+)
+from raychat.planning.text import (
+    PACKINGS,
+    Packing,
+    auto_packing,
+    margin_for,
+    packed_tokens,
+)
 from raychat.progress import Progress
+from raychat.storage import Store
 
 PACKING_SAMPLE_DOCS = 512
-LEAST_KEPT_SHARE = 0.75  # below it, automatic packing keeps what best-fit would crop
+SAMPLE_ROWS = 100
+SIZED_FILES = 16  # files whose text is measured; in the rest there is as much per byte
+PLANNED_SEQ_LENS = (256, 512, 1024, 2048, 4096, 8192)  # for which a plan can say what best-fit would keep
 
 # Makes the shards of tasks, in any order and anywhere.
 Maker = Callable[[list[ShardTask]], Iterable[ShardInfo]]
@@ -64,29 +86,26 @@ def open_corpus(config: Config, *, with_gpus: bool, echo: Callable[[str], None])
     """The corpus of `config`: climbmix by default where there are GPUs, else embedded. Downloads what is missing."""
     data = config.data
     return corpora.open_corpus(
-        data.corpus or ("climbmix" if with_gpus else "embedded"),
+        corpus_name(config, with_gpus=with_gpus),
         base_dir=config.base_dir,
         val_corpus=data.val_corpus or None,
         text_column=data.text_column,
-        num_data_shards=_files_wanted(config),
+        num_data_shards=files_wanted(config, run_begun(config)),
         tokens_needed=recipe(config).tokens,
         echo=echo,
     )
 
 
-def _files_wanted(config: Config) -> int | None:
-    """Files of the corpus to use: as asked, or as many as the run began with, or None for what the horizon needs.
-
-    A run that goes on to a longer horizon stays with its data; a download of its own size would make it another corpus.
-    """
-    if config.data.num_data_shards != -1:
-        return config.data.num_data_shards
-    begun = config.run_dir / "config.json"
-    if config.run.fresh or not any((config.run_dir / "checkpoints").glob("step_*")) or not begun.exists():
+def run_begun(config: Config) -> dict[str, Any] | None:
+    """config.json of the run that `config` goes on with, wherever that is kept; None for one that begins."""
+    if config.run.fresh:
         return None
-    content = json.loads(begun.read_text())
-    same = content["config"]["corpus"] == config.data.corpus and not config.data.val_corpus
-    return content.get("corpus_files") if same and config.data.corpus in ("", "climbmix") else None
+    store = Store.of(config.run_uri)
+    try:
+        saved = any(name.startswith("step_") for name in store.child("checkpoints").names())
+        return json.loads(store.read_bytes("config.json")) if saved and store.exists("config.json") else None
+    except OSError:  # a store that cannot be reached is refused where the run is opened
+        return begun(config)
 
 
 def ensure_tokenizer(config: Config, corpus: Corpus, *, echo: Callable[[str], None]) -> Path:
@@ -134,17 +153,51 @@ def tokenizer_folder(config: Config, corpus: Corpus) -> Path:
 
 
 def choose_packing(
-    packing: str, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, *, echo: Callable[[str], None]
-) -> Literal["best-fit", "keep"]:
-    """`packing`, with auto resolved from how much of the first documents best-fit would deliver."""
-    if packing != "auto":
-        return "best-fit" if packing == "best-fit" else "keep"
-    documents = corpora.iter_documents(corpus.train, text_column=corpus.text_column)
-    lengths = [1 + len(tokenizer.encode_numpy(text)) for text in itertools.islice(documents, PACKING_SAMPLE_DOCS)]
-    share = kept_share(lengths, seq_len + 1)
-    choice: Literal["best-fit", "keep"] = "best-fit" if share >= LEAST_KEPT_SHARE else "keep"
-    echo(f"packing: {choice} (best-fit would deliver {share:.0%} of the tokens of the first {len(lengths)} documents)")
+    config: Config, fingerprints: dict[Packing, str], sample: Sample, *, echo: Callable[[str], None]
+) -> Packing:
+    """What `--packing auto` is: what the run began with, else best-fit if `sample` says that it outlasts the run.
+
+    `fingerprints` are those of the data with each packing.
+    """
+    run = run_begun(config) or {}
+    for packing, mark in fingerprints.items():
+        if mark == run.get("data_fingerprint"):
+            echo(f"packing: {packing}, with which the run {config.run_dir} began")
+            return packing
+    seq_len, needed = config.model.max_seq_len, recipe(config).tokens
+    share = sample.best_fit_share[str(seq_len)]
+    delivered = packed_tokens(sample.corpus_tokens, share, seq_len)
+    choice = auto_packing(delivered, needed, sample.margin)
+    echo(
+        f"packing: {choice} (best-fit would deliver some {delivered:,.0f} tokens, {share:.0%} of the corpus by its first "
+        f"{sample.docs} documents; the run trains on {needed:,}, and best-fit must outlast it by {sample.margin:.0%})"
+    )
     return choice
+
+
+def sample_text(corpus: Corpus, tokenizer: Tokenizer, seq_len: int) -> Sample:
+    """What the first documents of `corpus`, and the footers of its first files, say about all of it."""
+    documents = corpora.iter_documents(corpus.train, text_column=corpus.text_column)
+    texts = list(itertools.islice(documents, PACKING_SAMPLE_DOCS))
+    lengths = [1 + len(tokenizer.encode_numpy(text)) for text in texts]
+    sizes = corpora.split_units(corpus.train[:SIZED_FILES], text_column=corpus.text_column)
+    text_per_byte = sum(unit.text_bytes for unit in sizes) / sum(source.size for source in corpus.train[:SIZED_FILES])
+    chars_per_byte = sum(map(len, texts)) / sum(len(text.encode()) for text in texts)
+    return Sample(
+        docs=len(texts),
+        chars=sum(map(len, texts)),
+        tokens=sum(lengths),
+        corpus_chars=text_per_byte * chars_per_byte * sum(source.size for source in corpus.train),
+        margin=margin_for(corpus.train[0].name),
+        best_fit_share={str(T): _share_of_many(lengths, T + 1) for T in sorted({*PLANNED_SEQ_LENS, seq_len})},
+    )
+
+
+def _share_of_many(lengths: list[int], row_len: int) -> float:
+    """`kept_share` of many documents like these: a sample that fills only a few rows would read low."""
+    more = len(lengths) == PACKING_SAMPLE_DOCS
+    repeats = -(-SAMPLE_ROWS * row_len // sum(lengths)) if more else 1
+    return kept_share(lengths * max(1, repeats), row_len)
 
 
 def prepare(config: Config, *, with_gpus: bool, maker: Maker, echo: Callable[[str], None]) -> TokenData:
@@ -158,19 +211,20 @@ def prepare(config: Config, *, with_gpus: bool, maker: Maker, echo: Callable[[st
     tokenizer_dir = ensure_tokenizer(config, corpus, echo=echo)
     tokenizer = Tokenizer.load(tokenizer_dir)
     seq_len = config.model.max_seq_len
-    spec = ShardSpec(
-        tokenizer_sha256=tokenizer.sha256,
-        seq_len=seq_len,
-        packing=choose_packing(config.data.packing, corpus, tokenizer, seq_len, echo=echo),
-        text_column=corpus.text_column,
-        dtype="uint16" if tokenizer.vocab_size <= np.iinfo(np.uint16).max + 1 else "uint32",
-    )
-    mark = fingerprint(spec, corpus)
+    specs = {packing: _spec(packing, corpus, tokenizer, seq_len) for packing in PACKINGS}
+    fingerprints = {packing: fingerprint(spec, corpus) for packing, spec in specs.items()}
+    packing, sample = config.data.packing, None
+    if packing == "auto":
+        sample = sample_text(corpus, tokenizer, seq_len)
+        packing = choose_packing(config, fingerprints, sample, echo=echo)
+    spec, mark = specs[packing], fingerprints[packing]
     folder = config.base_dir / "tokens" / mark
     manifest = read_manifest(folder)
     if manifest is None:
         tasks = shard_tasks(spec, corpus, tokenizer_dir, folder)
         manifest = write_manifest(folder, mark, spec, _make(tasks, maker, echo), corpus)
+    request = request_of(config, recipe(config).tokens, run_begun(config), with_gpus=with_gpus)
+    write_record(folder, request, _record(manifest, corpus, tokenizer_dir, sample))
     rows_per_batch = recipe(config).total_batch_size // seq_len
     Order([shard.rows for shard in manifest.split("train")], seed=config.run.seed, lanes=lanes_for(rows_per_batch))
     echo(
@@ -178,6 +232,40 @@ def prepare(config: Config, *, with_gpus: bool, maker: Maker, echo: Callable[[st
         f"{manifest.rows('val') * seq_len:,} for validation ({spec.packing}, fingerprint {mark})"
     )
     return TokenData(corpus, tokenizer_dir, manifest)
+
+
+def _spec(packing: Packing, corpus: Corpus, tokenizer: Tokenizer, seq_len: int) -> ShardSpec:
+    return ShardSpec(
+        tokenizer_sha256=tokenizer.sha256,
+        seq_len=seq_len,
+        packing=packing,
+        text_column=corpus.text_column,
+        dtype="uint16" if tokenizer.vocab_size <= np.iinfo(np.uint16).max + 1 else "uint32",
+    )
+
+
+def _record(manifest: Manifest, corpus: Corpus, tokenizer_dir: Path, sample: Sample | None) -> Prepared:
+    """What a plan wants to know of a manifest."""
+
+    def totals(split: Split) -> Totals:
+        shards = manifest.split(split)
+        return Totals(
+            rows=manifest.rows(split),
+            docs=sum(shard.docs for shard in shards),
+            tokens_in=sum(shard.tokens_in for shard in shards),
+        )
+
+    return Prepared(
+        fingerprint=manifest.fingerprint,
+        seq_len=manifest.spec.seq_len,
+        packing=manifest.spec.packing,
+        tokenizer_dir=str(tokenizer_dir),
+        train=totals("train"),
+        val=totals("val"),
+        train_files=marks(source.path for source in corpus.train),
+        val_files=marks(source.path for source in corpus.val),
+        sample=sample,
+    )
 
 
 def check_writable(folder: Path) -> None:
