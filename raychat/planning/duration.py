@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 
 from raychat.checks import require
 from raychat.config import Config
-from raychat.planning.devices import mfu_percent
 from raychat.planning.efficiency import CALIBRATION, core_rate, mfu_range
 from raychat.planning.ranges import Range
 from raychat.planning.scaling import ModelShape, Recipe, param_counts
@@ -148,8 +147,7 @@ def forecast_time(
     else:
         step_s = rate.under(work)
     job = _Job(config=config, recipe=recipe, shape=shape, target=target, measured=measured, rate=rate, sources=sources)
-    tok_per_sec, peak = step_s.under(float(recipe.total_batch_size)), target.peak
-    mfu = [mfu_percent(recipe.flops_per_token, x, peak and peak.flops, target.workers) for x in tok_per_sec.as_list()]
+    tok_per_sec = step_s.under(float(recipe.total_batch_size))
     eval_s = _one_evaluation(job)
     steps, evaluation = step_s.scaled(recipe.num_iterations), _evaluation(job, eval_s)
     saves, interval_s = _saves(job, steps)
@@ -166,7 +164,9 @@ def forecast_time(
         evaluations=evaluations(config.eval.eval_every, recipe.num_iterations),
         saves=saves,
         tok_per_sec=tok_per_sec,
-        mfu=Range(*(x for x in mfu if x is not None)) if None not in mfu else None,
+        mfu=tok_per_sec.scaled(100 * recipe.flops_per_token / (target.peak.flops * target.workers))
+        if target.peak
+        else None,
         sources=sources,
     )
     return replace(forecast, replay=_replay(job, forecast, interval_s))
