@@ -6,12 +6,22 @@ import shutil
 import numpy as np
 import pytest
 from conftest import write_corpus
+from s3_server import s3_server
 
 from raychat.data import prepare as module
-from raychat.data.prepare import check_writable, make_in_process, open_corpus, prepare, tokenizer_folder
+from raychat.data.prepare import (
+    check_writable,
+    make_in_process,
+    open_corpus,
+    prepare,
+    sample_text,
+    tokenizer_folder,
+)
 from raychat.data.shards import RowReader, fingerprint
 from raychat.data.tokenizer import Tokenizer
 from raychat.errors import ConfigError, DataError
+from raychat.planning.text import SIZE_MARGIN
+from raychat.storage import Store
 
 
 def silent(line):
@@ -113,22 +123,78 @@ def test_a_tokenizer_folder_that_is_not_there_is_never_made(tiny_config, tmp_pat
     assert not (tmp_path / "absent").exists()
 
 
-@pytest.mark.parametrize(("longest", "choice"), [(6, "best-fit"), (200, "keep")])
-def test_automatic_packing_follows_what_best_fit_would_lose(tiny_config, tmp_path, longest, choice):
-    """Documents of 6 words fit into rows of 257 tokens; of those of 100 words on average, rows of 33 crop most."""
-    corpus = write_corpus(tmp_path / "corpus", longest=longest, documents=400 if longest == 6 else 40)
+def begin(config, fingerprint):
+    """What a run of these data leaves in its directory at its first checkpoint."""
+    (config.run_dir / "checkpoints" / "step_00000002").mkdir(parents=True)
+    content = {"config": config.public(), "data_fingerprint": fingerprint, "corpus_files": 3}
+    (config.run_dir / "config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("steps", "choice"), [(4, "best-fit"), (400, "keep")])
+def test_automatic_packing_follows_whether_the_corpus_outlasts_the_run(tiny_config, steps, choice):
     lines = []
-    T = 256 if longest == 6 else 32
-    data = prepared(
-        tiny_config(corpus=str(corpus), packing="auto", max_seq_len=T, total_batch_size=8 * T), echo=lines.append
-    )
+    data = prepared(tiny_config(packing="auto", num_iterations=steps), echo=lines.append)
     assert data.manifest.spec.packing == choice
-    assert any(f"packing: {choice}" in line for line in lines)
+    [said] = [line for line in lines if line.startswith("packing: ")]
+    assert said.startswith(f"packing: {choice} (best-fit would deliver some ")
+    assert f"the run trains on {steps * 256:,}, and best-fit must outlast it by 30%" in said
+
+
+def test_what_best_fit_would_deliver_is_estimated_from_a_sample(tiny_config, tmp_path, monkeypatch):
+    """From a tenth of the documents, to the margin, which is what the margin is for."""
+    corpus = write_corpus(tmp_path / "corpus", documents=600)
+    config = tiny_config(corpus=str(corpus), packing="best-fit")
+    counted = prepared(config)
+    monkeypatch.setattr(module, "PACKING_SAMPLE_DOCS", 120)
+    corpus, tokenizer = open_corpus(config, with_gpus=False, echo=silent), Tokenizer.load(counted.tokenizer_dir)
+    sample = sample_text(corpus, tokenizer, 32)
+    assert sample.docs == 120
+    train = counted.manifest.split("train")
+    assert sample.corpus_tokens == pytest.approx(sum(shard.tokens_in for shard in train), rel=SIZE_MARGIN)
+    kept = sum(shard.rows for shard in train) * 33 / sum(shard.tokens_in for shard in train)
+    assert sample.best_fit_share["32"] == pytest.approx(kept, rel=0.05)
+
+
+@pytest.mark.parametrize(("steps", "packing"), [(4, "best-fit"), (400, "keep")])
+def test_a_run_keeps_its_packing_when_its_horizon_changes(tiny_config, steps, packing):
+    """Another packing is another fingerprint, with which the run could not go on."""
+    begun, lines = tiny_config(packing="auto", num_iterations=steps), []
+    first = prepared(begun)
+    begin(begun, first.manifest.fingerprint)
+    other = {"packing": "auto", "num_iterations": 404 - steps}
+    later = prepared(tiny_config(**other), maker=never, echo=lines.append)
+    assert later.manifest == first.manifest
+    assert any(line.startswith(f"packing: {packing}, with which the run ") for line in lines)
+    assert prepared(tiny_config(**other, fresh=True)).manifest.spec.packing != packing
+
+
+def test_a_run_in_an_object_store_keeps_its_packing_on_another_machine(tiny_config):
+    with s3_server() as server:
+        server.make_bucket("bucket")
+        place = {"storage_path": server.uri("bucket/runs"), "packing": "auto"}
+        first = prepared(tiny_config(**place))
+        store = Store.of(tiny_config(**place).run_uri)
+        content = {"config": tiny_config(**place).public(), "data_fingerprint": first.manifest.fingerprint}
+        store.write_bytes("config.json", json.dumps(content).encode())
+        store.child("checkpoints", "step_00000002").write_bytes("meta.json", b"{}")
+        assert prepared(tiny_config(**place, num_iterations=400), maker=never).manifest == first.manifest
+
+
+def test_keep_throws_nothing_away_but_the_incomplete_last_row_of_each_shard(tiny_config):
+    data = prepared(tiny_config(packing="keep"))
+    bos = Tokenizer.load(data.tokenizer_dir).bos_id
+    for split in ("train", "val"):
+        reader, first = RowReader(data.manifest, split), 0
+        for shard in data.manifest.split(split):
+            rows = reader.rows(np.arange(first, first + shard.rows))
+            lost = shard.tokens_in - shard.docs - int((rows != bos).sum())
+            assert 0 <= lost < rows.shape[1]
+            first += shard.rows
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "keep"])
 def test_packing_that_was_asked_for_is_not_measured(tiny_config, monkeypatch, packing):
-    monkeypatch.setattr(module, "kept_share", never)
+    monkeypatch.setattr(module, "sample_text", never)
     assert prepared(tiny_config(packing=packing)).manifest.spec.packing == packing
 
 

@@ -84,13 +84,17 @@ def make_in_process(tasks: list[ShardTask]) -> Iterator[ShardInfo]:
 
 def open_corpus(config: Config, *, with_gpus: bool, echo: Callable[[str], None]) -> Corpus:
     """The corpus of `config`: climbmix by default where there are GPUs, else embedded. Downloads what is missing."""
+    return _open_corpus(config, run_begun(config), with_gpus=with_gpus, echo=echo)
+
+
+def _open_corpus(config: Config, run: dict[str, Any] | None, *, with_gpus: bool, echo: Callable[[str], None]) -> Corpus:
     data = config.data
     return corpora.open_corpus(
         corpus_name(config, with_gpus=with_gpus),
         base_dir=config.base_dir,
         val_corpus=data.val_corpus or None,
         text_column=data.text_column,
-        num_data_shards=files_wanted(config, run_begun(config)),
+        num_data_shards=files_wanted(config, run),
         tokens_needed=recipe(config).tokens,
         echo=echo,
     )
@@ -153,15 +157,19 @@ def tokenizer_folder(config: Config, corpus: Corpus) -> Path:
 
 
 def choose_packing(
-    config: Config, fingerprints: dict[Packing, str], sample: Sample, *, echo: Callable[[str], None]
+    config: Config,
+    run: dict[str, Any] | None,
+    fingerprints: dict[Packing, str],
+    sample: Sample,
+    *,
+    echo: Callable[[str], None],
 ) -> Packing:
-    """What `--packing auto` is: what the run began with, else best-fit if `sample` says that it outlasts the run.
+    """What `--packing auto` is: what `run` began with, else best-fit if `sample` says that it outlasts the horizon.
 
     `fingerprints` are those of the data with each packing.
     """
-    run = run_begun(config) or {}
     for packing, mark in fingerprints.items():
-        if mark == run.get("data_fingerprint"):
+        if run and mark == run.get("data_fingerprint"):
             echo(f"packing: {packing}, with which the run {config.run_dir} began")
             return packing
     seq_len, needed = config.model.max_seq_len, recipe(config).tokens
@@ -207,7 +215,8 @@ def prepare(config: Config, *, with_gpus: bool, maker: Maker, echo: Callable[[st
         DataError: for a corpus or tokenizer that cannot be used.
     """
     check_writable(config.base_dir)
-    corpus = open_corpus(config, with_gpus=with_gpus, echo=echo)
+    run = run_begun(config)
+    corpus = _open_corpus(config, run, with_gpus=with_gpus, echo=echo)
     tokenizer_dir = ensure_tokenizer(config, corpus, echo=echo)
     tokenizer = Tokenizer.load(tokenizer_dir)
     seq_len = config.model.max_seq_len
@@ -216,14 +225,14 @@ def prepare(config: Config, *, with_gpus: bool, maker: Maker, echo: Callable[[st
     packing, sample = config.data.packing, None
     if packing == "auto":
         sample = sample_text(corpus, tokenizer, seq_len)
-        packing = choose_packing(config, fingerprints, sample, echo=echo)
+        packing = choose_packing(config, run, fingerprints, sample, echo=echo)
     spec, mark = specs[packing], fingerprints[packing]
     folder = config.base_dir / "tokens" / mark
     manifest = read_manifest(folder)
     if manifest is None:
         tasks = shard_tasks(spec, corpus, tokenizer_dir, folder)
         manifest = write_manifest(folder, mark, spec, _make(tasks, maker, echo), corpus)
-    request = request_of(config, recipe(config).tokens, run_begun(config), with_gpus=with_gpus)
+    request = request_of(config, recipe(config).tokens, run, with_gpus=with_gpus)
     write_record(folder, request, _record(manifest, corpus, tokenizer_dir, sample))
     rows_per_batch = recipe(config).total_batch_size // seq_len
     Order([shard.rows for shard in manifest.split("train")], seed=config.run.seed, lanes=lanes_for(rows_per_batch))
