@@ -1,6 +1,10 @@
 """Presets: every one of them works, and those that stand for documents hold the documents' values."""
 
+import importlib.util
+import re
+import shlex
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +39,7 @@ A100_D10 = {
     "tok_max_chars": 10**9,
     "num_data_shards": 18,
     "corpus": "climbmix",
+    "gpu": "a100-40gb",
 }
 RTX_4070_D12 = {
     "depth": 12,
@@ -49,6 +54,9 @@ RTX_4070_D12 = {
     "warmup_steps": 0,
     "warmdown_ratio": 0,
     "corpus": "climbmix",
+    "num_iterations": 100000,
+    "eval_every": 10000,
+    "gpu": "rtx-4070",
 }
 D4_CPU = {
     "depth": 4,
@@ -65,6 +73,50 @@ D4_CPU = {
     "sample_every": -1,
     "dtype": "float32",
 }
+# What jobs/plan.py decides. The rest of a preset is what its document fixed, or how often something is done.
+DECIDED = ("depth", "window_pattern", "total_batch_size", "device_batch_size", "fp8", "gpu", "num_workers")
+FOR_A_GPU = ("4070_d12", "a100_d10", "h100_d12", "h100x8_d24", "l4_d6")
+
+
+def proposing_command(name):
+    """The arguments of the jobs/plan.py command in the comment of a preset."""
+    text = (PRESETS / f"{name}.toml").read_text()
+    found = re.search(r"^#     python jobs/plan\.py ((?:.*\\\n)*.*)$", text, re.MULTILINE)
+    return shlex.split(found[1].replace("\\\n#", ""))
+
+
+@pytest.fixture(scope="module")
+def plan_job():
+    """jobs/plan.py as a module."""
+    path = Path(__file__).resolve().parents[1] / "jobs" / "plan.py"
+    spec = importlib.util.spec_from_file_location("plan_job", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", FOR_A_GPU)
+def test_the_command_in_a_preset_proposes_the_preset(plan_job, tmp_path, name):
+    written = tmp_path / "proposed.toml"
+    where = ["--base-dir", str(tmp_path / "empty"), "--write-preset", str(written)]
+    assert plan_job.main([*proposing_command(name), *where]) == 0
+    proposed, shipped = load_presets(str(written)), load_presets(name)
+    assert {key: shipped.flat()[key] for key in DECIDED} == {key: proposed.flat()[key] for key in DECIDED}
+    assert recipe(shipped).num_iterations == recipe(proposed).num_iterations
+
+
+@pytest.mark.parametrize("name", FOR_A_GPU)
+def test_a_preset_for_a_gpu_fits_its_memory(name):
+    plan = make_plan(load_presets(name))
+    assert plan["target"]["gpu"] == load_presets(name).plan.gpu
+    assert plan["memory"]["fits"] is True
+
+
+def test_the_speed_run_is_the_preset_for_eight_h100s_on_any_gpus():
+    eight, any_gpus = (tomllib.loads((PRESETS / f"{name}.toml").read_text()) for name in ("h100x8_d24", "speedrun-d24"))
+    assert recipe(load_presets("h100x8_d24")) == recipe(load_presets("speedrun-d24"))
+    assert {key: eight[key] for key in any_gpus} == any_gpus
+    assert set(eight) - set(any_gpus) == {"gpu", "num_workers", "target_param_data_ratio"}
 
 
 @pytest.mark.parametrize("name", preset_names())

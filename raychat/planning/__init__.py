@@ -1,6 +1,7 @@
 """What a run will be, as pure functions of its configuration."""
 
-from raychat.planning.plan import format_plan, make_plan
+from raychat.planning.layout import format_plan
+from raychat.planning.plan import keep_plan, make_plan
 from raychat.planning.scaling import (
     ModelShape,
     ParamCounts,
@@ -20,6 +21,7 @@ __all__ = [
     "Recipe",
     "flops_per_token",
     "format_plan",
+    "keep_plan",
     "make_plan",
     "model_shape",
     "optimal_batch",

@@ -1,0 +1,142 @@
+"""A proposal as a person reads it, and as the preset that it becomes."""
+
+import dataclasses
+import json
+import shlex
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from raychat.config import Config, MoneySettings, RunSettings
+from raychat.planning.layout import columns, count, dollars, duration, gibibytes, section, spread, target_name
+from raychat.planning.outlook import memory_of
+from raychat.planning.plan import optimal_iterations
+from raychat.planning.proposal import HORIZON, Candidate, Proposal
+from raychat.planning.scaling import model_shape
+
+# What a preset does not hold: places, names, limits and prices of one person's run.
+NOT_IN_A_PRESET = {"address", "machine", "prices", "mfu", "preemptions_per_hour"}.union(
+    leaf.name for group in (RunSettings, MoneySettings) for leaf in dataclasses.fields(group)
+)
+
+
+def format_proposal(proposal: Proposal, budget: str) -> str:
+    """What is proposed, what it takes of `budget` (in words), and its neighbours."""
+    chosen = proposal.chosen
+    near = sorted([chosen, *proposal.neighbours], key=lambda candidate: candidate.depth)
+    rows = [["", "depth", "a pass", "iterations", "tokens", "per param", "hours", "why"]]
+    rows += [_row(candidate, chosen) for candidate in near]
+    lines = [
+        f"{summary(chosen)}",
+        f"on {target_name(proposal.target)}: {cost(chosen)}",
+        f"budget: {budget}",
+    ]
+    blocks = [section("proposal", lines), section("", columns(rows, left={7}))]
+    if proposal.pins:
+        blocks.append(section("pinned", [_pins(proposal)]))
+    return "\n\n".join(blocks)
+
+
+def summary(candidate: Candidate) -> str:
+    """Depth, batch and horizon in words."""
+    config, recipe = _known(candidate)
+    return (
+        f"depth {candidate.depth}, {config.batch.device_batch_size} sequences a pass, {recipe.num_iterations:,} iterations of "
+        f"{recipe.total_batch_size:,} tokens"
+    )
+
+
+def cost(candidate: Candidate) -> str:
+    """Time and, where a price is known, dollars."""
+    outlook = candidate.outlook
+    if outlook is None or outlook.time is None:
+        return "time not known"
+    time = duration(outlook.time.total.as_list())
+    money = outlook.money.on_demand if outlook.money else None
+    return f"{dollars(money.as_list())}, {time}" if money else time
+
+
+def preset_text(proposal: Proposal, command: str, budget: str, given: Sequence[str]) -> str:
+    """A preset of the proposal: what was decided and what was `given` (names of settings), with command and reasons."""
+    config, recipe = _known(proposal.chosen)
+    shape = model_shape(config.model)
+    optimal = optimal_iterations(shape, recipe.total_batch_size)
+    words = [
+        f"Depth {proposal.chosen.depth} on {proposal.target.workers} x {proposal.target.gpu}, {cost(proposal.chosen)}.",
+        "Reproduced by",
+        f"    {command}",
+        f"Depth: {proposal.chosen.why}. Budget: {budget}. Neighbours within it:",
+        *[f"    depth {other.depth}{_reached(other)}: {other.why}" for other in proposal.neighbours],
+        f"Device batch: {config.batch.device_batch_size} sequences need "
+        f"{gibibytes(memory_of(config, proposal.target).total)} of {gibibytes(proposal.target.memory_bytes or 0)}.",
+        f"Horizon: {recipe.num_iterations / optimal:.2f} times the {optimal:,} iterations that are compute-optimal.",
+    ]
+    if proposal.pins:
+        words.append(_pins(proposal))
+    comment = [line for text in words for line in _wrapped(text)]
+    values = _values(proposal, config, given)
+    return (
+        "\n".join([*[f"# {line}" for line in comment], *[f"{k} = {json.dumps(v)}" for k, v in values.items()]]) + "\n"
+    )
+
+
+def training_command(proposal: Proposal, given: Sequence[str]) -> str:
+    """What starts the run that is proposed, with the settings that were `given`."""
+    config, _ = _known(proposal.chosen)
+    values = _values(proposal, config, [*given, "machine", "price_per_hour", "base_dir"])
+    values |= {name: value for name in ("preset",) if (value := config.flat()[name])}
+    return shlex.join(
+        ["python", "jobs/pretrain.py", *[part for name, value in values.items() for part in _flag(name, value)]]
+    )
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    return [flag] if value is True else [flag, str(value)]
+
+
+def _wrapped(text: str) -> list[str]:
+    return [text] if text.startswith(" ") else textwrap.wrap(text, 110)
+
+
+def _values(proposal: Proposal, config: Config, given: Sequence[str]) -> dict[str, Any]:
+    flat = config.flat()
+    decided = {"depth", "device_batch_size"} | (set() if proposal.pins & HORIZON else {"num_iterations"})
+    names = [name for name in flat if name in decided or (name in given and name not in NOT_IN_A_PRESET)]
+    values = {name: flat[name] for name in names if name not in ("gpu", "num_workers")}
+    values["gpu"] = proposal.target.gpu
+    return values | ({"num_workers": proposal.target.workers} if proposal.target.workers > 1 else {})
+
+
+def _pins(proposal: Proposal) -> str:
+    pins = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(proposal.pins))
+    free = proposal.without_pins
+    other = "the rule takes nothing" if free is None or free.config is None else summary(free)
+    return f"Pinned: {pins}. Without pins: {other}."
+
+
+def _reached(candidate: Candidate) -> str:
+    return f", {candidate.ratio:.1f} tokens per parameter" if candidate.ratio else ""
+
+
+def _row(candidate: Candidate, chosen: Candidate) -> list[str]:
+    mark = ">" if candidate is chosen else ""
+    if candidate.config is None or candidate.outlook is None:
+        return [mark, str(candidate.depth), "", "", "", "", "", candidate.why]
+    recipe = candidate.outlook.recipe
+    return [
+        mark,
+        str(candidate.depth),
+        str(candidate.config.batch.device_batch_size),
+        f"{recipe.num_iterations:,}",
+        count(recipe.tokens),
+        f"{candidate.ratio:.1f}",
+        spread([candidate.hours] * 3, digits=3),
+        candidate.why,
+    ]
+
+
+def _known(candidate: Candidate) -> tuple[Config, Any]:
+    if candidate.config is None or candidate.outlook is None:
+        raise ValueError(f"depth {candidate.depth} cannot be: {candidate.why}")
+    return candidate.config, candidate.outlook.recipe
