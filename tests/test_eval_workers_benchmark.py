@@ -8,13 +8,16 @@ PACE = {"beside": 1.1, "busy": 1.05, "alone": 1.0}
 
 
 def journal(number_of_cycles: int) -> list[dict]:
-    """A run whose steps take as long as `PACE` says of their block, and the evaluation four seconds."""
+    """A run whose steps take as long as `PACE` says of their block, the first one of an evaluation 0.2 s longer.
+
+    The checkpoint is written within the first, the result comes after 4.4 s.
+    """
     records, now = [], 0.0
     for step in range(number_of_cycles * len(BLOCKS) * STEPS):
         if step and step % (len(BLOCKS) * STEPS) == 0:
-            records.append({"event": "checkpoint", "step": step, "stall_s": 0.01, "time": now})
+            records.append({"event": "checkpoint", "step": step, "stall_s": 0.01, "total_s": 1.2, "time": now})
             records.append({"event": "evaluated", "step": step, "time": now + 4.4})
-        now += PACE[block_of(step, STEPS)]
+        now += PACE[block_of(step, STEPS)] + (0.2 if step and step % (len(BLOCKS) * STEPS) == 0 else 0.0)
         records.append({"step": step, "train/dt": PACE[block_of(step, STEPS)], "time": now})
     return records
 
@@ -23,11 +26,12 @@ def test_blocks_of_a_cycle_are_told_apart_and_the_first_two_cycles_left_out():
     found = cycles(journal(5), STEPS)
     assert len(found) == 3
     for cycle in found:
-        assert (cycle.beside, cycle.alone, cycle.busy) == pytest.approx((5.5, 5.0, 5.25))
-        assert cycle.lost == pytest.approx(100 * (1 - 1 / 1.1))
+        assert (cycle.beside, cycle.alone, cycle.busy) == pytest.approx((5.7, 5.0, 5.25))
+        assert cycle.lost == pytest.approx(100 * (1 - 5 / 5.7))
         assert cycle.shared == pytest.approx(100 * (1 - 1 / 1.05))
-        assert cycle.evaluation == pytest.approx(0.8)
-    assert "lost beside an evaluation: median 9.09%, from 9.09% to 9.09%" in report(found, STEPS)
+        assert (cycle.handed_over, cycle.saving) == pytest.approx((0.45, 1.3 - 1.05))
+        assert cycle.evaluation == pytest.approx(4.4)
+    assert "lost beside an evaluation: median 12.28%, from 12.28% to 12.28%" in report(found, STEPS)
 
 
 def test_an_evaluation_that_does_not_fill_its_block_is_pointed_out():

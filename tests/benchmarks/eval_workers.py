@@ -50,11 +50,12 @@ TRAINING_OVER_EVALUATION = 3.0  # times that a training step takes as long as ev
 COVERED = 0.85  # share of a block that the evaluation of its checkpoint is to take
 
 
-def flags_of(args: argparse.Namespace, base_dir: Path) -> dict[str, Any]:
-    """The run: an evaluation at the beginning of each cycle, and no checkpoints but for it."""
+def flags_of(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The run, kept in `folder`: an evaluation at the beginning of each cycle, and no checkpoints but for it."""
     tokens = int(COVERED * TRAINING_OVER_EVALUATION * args.steps * args.total_batch_size)
     return {
-        "base_dir": str(base_dir),
+        "base_dir": str(args.base_dir or folder),
+        "storage_path": str(folder / "runs"),
         "model_tag": "beside",
         "run": "dummy",
         "corpus": args.corpus,
@@ -148,7 +149,7 @@ class Watch(threading.Thread):
             for rank in record["ranks"]:
                 _bind(rank["pid"], TRAINING_CORE)
         elif record.get("event") == "checkpoint" and self.rival._process is None:
-            kept = self.config.base_dir / "kept"
+            kept = self.config.run_dir.with_name("kept")
             shutil.copytree(self.config.run_dir, kept)
             tokens = next((self.config.base_dir / "tokens").glob("*/manifest.json")).parent
             self.rival.start(kept, self.config, tokens)
@@ -159,7 +160,7 @@ class Watch(threading.Thread):
 def _bind(pid: int, core: int) -> None:
     """All threads that the process has, and those that they will start."""
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # that one has ended meanwhile
             os.sched_setaffinity(int(thread.name), {core})
 
 
@@ -170,39 +171,55 @@ def block_of(step: int, steps: int) -> str:
 
 @dataclass(frozen=True)
 class Cycle:
-    """Seconds that training took for its blocks, and how the evaluation lay in its own."""
+    """Seconds that training took for the blocks of a cycle, and how evaluation and checkpoint lay in theirs."""
 
     beside: float
     alone: float
     """the mean of the two"""
     busy: float
+    saving: float
+    """that the steps of `beside` during which the checkpoint was written took longer than as many of `busy`"""
     evaluation: float
-    """seconds from the beginning of the block to the result, over those of the block"""
+    """from the beginning of the block to the result"""
     stall: float
-    """seconds that training stood still for the checkpoint"""
+    """that training stood still for the checkpoint"""
 
     @property
     def lost(self) -> float:
-        """Percent of the throughput, of which `shared` would be lost to any work on the other core."""
+        """Percent of the throughput beside an evaluation."""
         return 100 * (1 - self.alone / self.beside)
 
     @property
     def shared(self) -> float:
-        """Percent of the throughput."""
+        """Percent of the throughput that is lost to the same work on the other core, with nothing handed over."""
         return 100 * (1 - self.alone / self.busy)
+
+    @property
+    def handed_over(self) -> float:
+        """Seconds that an evaluation costs beyond what sharing the machine does."""
+        return self.beside - self.busy
 
 
 def cycles(records: list[dict[str, Any]], steps: int) -> list[Cycle]:
     """What the journal says of each whole cycle but the first two."""
     at = {record["step"]: record["time"] for record in records if "train/dt" in record}
-    told = {record["step"]: record for record in records if record.get("event") == "evaluated"}
+    told = {record["step"]: record["time"] for record in records if record.get("event") == "evaluated"}
     saved = {record["step"]: record for record in records if record.get("event") == "checkpoint"}
     found, length = [], len(BLOCKS) * steps
     for first in range(WARM_UP * length, max(at) - length + 2, length):
         edges = [at[first + n * steps - 1] for n in range(len(BLOCKS) + 1)]
         beside, before, busy, after = (end - start for start, end in zip(edges, edges[1:], strict=False))
-        took = told[first]["time"] - edges[0] if first in told else float("nan")
-        found.append(Cycle(beside, (before + after) / 2, busy, took / beside, saved[first]["stall_s"]))
+        written = edges[0] + saved[first]["total_s"]
+        during = sum(at[step - 1] < written for step in range(first, first + steps))
+        cycle = Cycle(
+            beside=beside,
+            alone=(before + after) / 2,
+            busy=busy,
+            saving=at[first + during - 1] - edges[0] - during * busy / steps,
+            evaluation=told.get(first, float("inf")) - edges[0],
+            stall=saved[first]["stall_s"],
+        )
+        found.append(cycle)
     return found
 
 
@@ -212,17 +229,24 @@ def report(found: list[Cycle], steps: int) -> list[str]:
     for n, cycle in enumerate(found, 1):
         lines.append(
             f"cycle {n}: {1000 * cycle.alone / steps:.1f} ms a step alone, {1000 * cycle.beside / steps:.1f} beside "
-            f"({cycle.lost:+.2f}%), {1000 * cycle.busy / steps:.1f} busy ({cycle.shared:+.2f}%); the evaluation took "
-            f"{100 * cycle.evaluation:.0f}% of its block, the checkpoint stopped training for {1000 * cycle.stall:.0f} ms"
+            f"({cycle.lost:+.2f}%), {1000 * cycle.busy / steps:.1f} busy ({cycle.shared:+.2f}%); the result came after "
+            f"{cycle.evaluation:.1f} of {cycle.beside:.1f} s, training stood still for {1000 * cycle.stall:.0f} ms"
         )
-        if not 0.7 < cycle.evaluation < 1.05:
-            lines.append("  that is not about as long as the block: change --eval-tokens in proportion")
-    for name, values in {
+        if not 0.6 < cycle.evaluation / cycle.beside < 1.05:
+            lines.append("  the evaluation is to last about as long as its block: change --eval-tokens in proportion")
+    percents = {
         "lost beside an evaluation": [cycle.lost for cycle in found],
-        "lost beside the same work without a hand-over": [cycle.shared for cycle in found],
-        "the hand-over": [cycle.lost - cycle.shared for cycle in found],
-    }.items():
+        "lost beside the same work, nothing handed over": [cycle.shared for cycle in found],
+    }
+    for name, values in percents.items():
         lines.append(f"{name}: median {statistics.median(values):.2f}%, from {min(values):.2f}% to {max(values):.2f}%")
+    times = {
+        "what is handed over costs": [cycle.handed_over for cycle in found],
+        "of which while the checkpoint is written": [cycle.saving for cycle in found],
+    }
+    for name, values in times.items():
+        middle, low, high = (1000 * pick(values) for pick in (statistics.median, min, max))
+        lines.append(f"{name}: median {middle:.0f} ms an evaluation, from {low:.0f} to {high:.0f}")
     return lines
 
 
@@ -241,9 +265,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--total-batch-size", type=int, default=2048, help="tokens of a step; default: %(default)s")
     parser.add_argument("--eval-tokens", type=int, default=0, help="default: what fills most of a block")
     parser.add_argument("--corpus", default="embedded")
-    parser.add_argument(
-        "--base-dir", type=Path, help="where data are prepared and the run is made anew; default: temporary"
-    )
+    parser.add_argument("--base-dir", type=Path, help="where the prepared data stay; default: temporary")
     parser.add_argument("--output", type=Path, help="JSON file for the seconds of each cycle")
     args = parser.parse_args(argv)
     if os.cpu_count() == 1 or not hasattr(os, "sched_setaffinity"):
@@ -251,7 +273,7 @@ def main(argv: list[str]) -> int:
     echo = lambda line: print(line, flush=True)  # noqa: E731, T201  a benchmark speaks to the terminal
     os.sched_setaffinity(0, {OTHER_CORE})  # inherited by all that Ray starts
     with tempfile.TemporaryDirectory(prefix="raychat-eval-workers-") as folder:
-        config = Config.from_flat(flags_of(args, args.base_dir or Path(folder)) | {"fresh": True})
+        config = Config.from_flat(flags_of(args, Path(folder)))
         watch = Watch(config, args.steps)
         watch.start()
         try:
