@@ -111,7 +111,7 @@ def forecast_data(config: Config, recipe: Recipe, *, with_gpus: bool | None = No
     packing, reason = _packing(config, known, recipe.tokens, tokens["best-fit"])
     used = known.counted(packing)
     if used:
-        basis = f"token shards {used.fingerprint}" + ("" if known.compared else ", files not compared")
+        basis = f"token shards {used.fingerprint}" + ("" if known.compared(used) else ", files not compared")
     shards: dict[str, Range | None] = {"unpacked": unpacked, "best-fit": tokens["best-fit"], "keep": tokens["keep"]}
     return DataForecast(
         corpus=known.corpus,

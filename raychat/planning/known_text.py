@@ -40,8 +40,6 @@ class Known:
     """records whose files are as they were"""
     stale: tuple[Prepared, ...]
     """records whose files have changed"""
-    compared: bool
-    """whether the files of `fresh` could be compared"""
     run: dict[str, Any]
     """config.json of the run that goes on; empty for one that begins"""
 
@@ -67,6 +65,10 @@ class Known:
             if self.kind == "embedded"
             else "no files that can be seen from here"
         )
+
+    def compared(self, record: Prepared) -> bool:
+        """Whether more is known of the files of a fresh record than that nothing speaks against it."""
+        return self.kind == "climbmix" or (self.files is not None and bool(record.train_files))
 
     def counted(self, packing: Packing) -> Prepared | None:
         """The token shards with this packing and T, where they are there and the files as they were."""
@@ -141,7 +143,6 @@ def look(config: Config, tokens_needed: int, *, with_gpus: bool) -> Known:
         shards=_shards(kind, num_files, files, fresh),
         fresh=fresh,
         stale=tuple(record for record in records if record not in fresh),
-        compared=kind == "climbmix" or (files is not None and all(record.train_files for record in fresh)),
         run=run or {},
     )
 
