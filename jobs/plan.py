@@ -78,7 +78,7 @@ def propose(config: Config, own: argparse.Namespace, args: Sequence[str], pins: 
 
 def compare(config: Config, own: argparse.Namespace, pins: set[str]) -> int:
     """Print the plans side by side, and keep them where that is asked for."""
-    machines = [{"machine": name} for name in listed(own.machines)]
+    machines: list[dict[str, Any]] = [{"machine": name, "gpu": ""} for name in listed(own.machines)]
     machines += [gpus(text) for text in listed(own.gpus_list)]
     depths = [whole(text, "--depths") for text in listed(own.depths)] or [config.model.depth]
     rows = comparison.compare(
@@ -133,8 +133,8 @@ def gpus(text: str) -> dict[str, Any]:
     """Settings for `8xh100` or `h100`."""
     number, by, name = text.partition("x")
     if by and number.isdigit():
-        return {"gpu": name, "num_workers": whole(number, "--gpus-list")}
-    return {"gpu": text}
+        return {"machine": "", "gpu": name, "num_workers": whole(number, "--gpus-list")}
+    return {"machine": "", "gpu": text}
 
 
 def whole(text: str, flag: str) -> int:

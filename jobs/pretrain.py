@@ -14,19 +14,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat import cli
-from raychat.atomic import write_json
-from raychat.planning import format_plan, make_plan
+from raychat.planning import format_plan, keep_plan, make_plan, recipe
 
 
 def main(args: list[str]) -> int:
     """Parse, and print the plan or run."""
     config = cli.parse(args, prog="python jobs/pretrain.py", description=__doc__ or "")
-    plan = make_plan(config)
+    recipe(config)  # what cannot be is refused before ray and torch are loaded
     if config.run.dry_run:
+        plan = make_plan(config)
         print(format_plan(plan))
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(config.run_dir / "plan.json", plan)
-        print(f"written to {config.run_dir / 'plan.json'}")
+        print(keep_plan(plan, config.run_dir))
         return 0
     from raychat.on_ray import driver  # after the checks: ray and torch take seconds to load
 

@@ -1,13 +1,36 @@
-"""The depth dial against the worked values of an independent implementation, and its laws."""
+"""The depth dial against worked values and its laws; the plan against the arithmetic of the source documents."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from raychat.cli import load_presets, preset_names
 from raychat.config import Config
 from raychat.errors import ConfigError
-from raychat.planning import flops_per_token, make_plan, model_shape, optimal_batch, param_counts, recipe, window_sizes
-from raychat.planning.devices import device_peak, mfu_percent
+from raychat.planning import (
+    flops_per_token,
+    format_plan,
+    keep_plan,
+    make_plan,
+    model_shape,
+    optimal_batch,
+    param_counts,
+    recipe,
+    window_sizes,
+)
+from raychat.planning.devices import GIB, device_peak, mfu_percent
+from raychat.planning.duration import Measured
+from raychat.planning.layout import WIDTH, dollars, duration, spread
+from raychat.planning.plan import MADE
+from raychat.planning.proposal import with_values
+from raychat.planning.target import resolve_target
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # depth, model_dim, heads, total, scaling, FLOPs/token SSSL, FLOPs/token L, tokens at ratio 12, batch, lr scale, wd, iterations
 WORKED = [
@@ -124,3 +147,188 @@ def test_device_that_only_begins_like_a_listed_one_is_unknown(name):
 
 def test_mfu_is_the_share_of_all_devices_peak():
     assert mfu_percent(1e9, 1e6, 1e15, 2) == pytest.approx(50.0)
+
+
+@pytest.fixture
+def a100(tmp_path):
+    """The run of document 004, planned for its machine and price."""
+    return with_values(load_presets("a100_d10"), price_per_hour=4.3, base_dir=str(tmp_path))
+
+
+def within(three, value):
+    low, _, high = three
+    return low <= value <= high
+
+
+def size_of(plan, device_batch_size):
+    """The row of the table of device batch sizes."""
+    return next(size for size in plan["batch"]["sizes"] if size["device_batch_size"] == device_batch_size)
+
+
+def test_horizon_of_the_a100_run_is_that_of_its_document(a100):
+    horizon = make_plan(a100)["horizon"]
+    assert (horizon["num_iterations"], horizon["tokens"]) == (1500, 1500 * 524288)
+    assert horizon["optimal_iterations"] == 1404
+    assert "786M tokens needed" in format_plan(make_plan(a100))
+
+
+def test_a_batch_of_48_is_refused_before_a_machine_is_rented(a100):
+    with pytest.raises(ConfigError, match=r"524,288 tokens / \(48 x 2,048\) = 5\.33 passes"):
+        make_plan(with_values(a100, device_batch_size=48))
+    assert "48 is impossible: 524,288 / (48 x 2,048) = 5.33 passes" in format_plan(make_plan(a100))
+
+
+def test_batch_table_has_the_documents_passes_memory_and_steps(a100):
+    plan = make_plan(a100)
+    half, usual, double = (size_of(plan, size) for size in (16, 32, 64))
+    assert (half["passes"], usual["passes"]) == (16, 8)
+    assert half["memory_bytes"] == pytest.approx(11.6 * GIB, rel=0.1)
+    assert usual["memory_bytes"] == pytest.approx(21.2 * GIB, rel=0.1)
+    assert (half["fits"], usual["fits"], double["fits"]) == (True, True, False)
+    assert usual["step_s"][1] == pytest.approx(1.77, rel=0.01)
+    assert half["step_s"][1] == pytest.approx(1.82, rel=0.01)
+    assert plan["memory"]["largest_batch"] == 32
+    assert plan["memory"]["with_full_loss"] is None  # it is the one chosen
+
+
+def test_another_loss_says_what_full_would_need_and_why(a100):
+    memory = make_plan(with_values(a100, loss="chunked"))["memory"]
+    full = memory["with_full_loss"]
+    assert full["total"] == make_plan(a100)["memory"]["total"]
+    assert memory["total"] < full["total"]
+    assert (memory["largest_batch"], full["largest_batch"]) == (64, 32)
+    assert "logits over the whole vocabulary" in full["why"]
+
+
+def test_parts_of_memory_and_of_time_are_the_whole(a100):
+    plan = make_plan(a100)
+    sizes = [value for value in plan["memory"]["parts"].values() if isinstance(value, int)]
+    assert sum(sizes) == plan["memory"]["total"]
+    parts = ("startup", "tokenizer", "tokenizing", "steps", "evaluation", "checkpoints", "replay")
+    for i in range(3):
+        assert sum(plan["time"][part][i] for part in parts) == pytest.approx(plan["time"]["total"][i])
+
+
+def test_shards_are_those_of_the_document_before_packing_and_more_after(a100):
+    data = make_plan(a100)["data"]
+    low, _, high = data["shards_by"]["unpacked"]
+    assert (low, high) == (12, 16)
+    assert data["shards_by"]["best-fit"][2] > high
+    assert data["shards_there"] == 17  # 18 with the one that validates
+    assert within(data["tokens_by"]["keep"], 17 * 250e6 / 4.2)
+
+
+def test_time_and_money_of_the_document_lie_in_the_ranges(a100):
+    plan = make_plan(a100)
+    time, money = plan["time"], plan["money"]
+    assert within(time["total"], 60.7 * 60)
+    assert within(money["on_demand"], 4.36)
+    assert time["eval_passes"] == 640
+    assert within(time["evaluation"], 600)
+    assert within(time["eval_s"], 70)
+    assert money["on_demand"][1] == pytest.approx(4.3 * time["total"][1] / 3600)
+
+
+def test_the_4070_takes_the_33_hours_of_its_document(tmp_path):
+    plan = make_plan(with_values(load_presets("4070_d12"), base_dir=str(tmp_path)))
+    assert plan["horizon"]["num_iterations"] == 100_000
+    assert within(plan["time"]["total"], 33 * 3600)
+    assert plan["horizon"]["of_optimal"] > 5  # far beyond: the plan says it
+    assert "5.67 times" in format_plan(plan)
+
+
+def test_limits_say_by_how_much_they_are_too_small(a100):
+    def exceeded(**limits):
+        return [limit["exceeded"] for limit in make_plan(with_values(a100, **limits))["limits"]]
+
+    assert exceeded() == []
+    low, mid, high = make_plan(a100)["money"]["on_demand"]
+    assert exceeded(budget_usd=0.9 * low) == ["surely"]
+    assert exceeded(budget_usd=(low + mid) / 2) == ["probably"]
+    assert exceeded(budget_usd=(mid + high) / 2) == ["possibly"]
+    assert exceeded(budget_usd=1.1 * high, max_hours=0.5) == ["surely", "no"]
+
+
+def test_what_is_not_known_is_null_and_the_text_says_why(tmp_path):
+    unpriced = make_plan(with_values(load_presets("l4_d6"), base_dir=str(tmp_path)))
+    assert unpriced["money"]["on_demand"] is None
+    assert unpriced["money"]["spot"] is None
+    assert "no price is known for l4: give --price-per-hour" in format_plan(unpriced)
+    config = with_values(load_presets("l4_d6"), base_dir=str(tmp_path))
+    nameless = dataclasses.replace(resolve_target(config), gpu="Abacus 3000", peak=None, memory_bytes=None)
+    unknown = make_plan(config, target=nameless)
+    assert (unknown["time"], unknown["money"], unknown["memory"]["fits"]) == (None, None, None)
+    assert "no speed of 'Abacus 3000' is known: give --mfu" in format_plan(unknown)
+
+
+def test_what_was_measured_takes_the_place_of_the_forecast(a100):
+    plan = make_plan(a100, measured=Measured(step_s=2.0, peak_memory_bytes=30 * GIB))
+    assert plan["time"]["step_s"][1] == 2.0
+    assert (plan["memory"]["total"], plan["memory"]["measured"]) == (30 * GIB, True)
+    assert plan["memory"]["calculated"] == make_plan(a100)["memory"]["total"]
+    assert plan["measured"]["step_s"] == 2.0
+    assert "30.0 GiB of 40.0 GiB, measured (calculated: 21." in format_plan(plan)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_plan_is_plain_values_and_fits_the_terminal(name, tmp_path):
+    plan = make_plan(with_values(load_presets(name), base_dir=str(tmp_path), max_hours=2.0))
+    assert json.loads(json.dumps(plan, allow_nan=False)) == plan
+    lines = format_plan(plan).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    labels = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    assert labels == [
+        *("model", "batch", "rates", "horizon", "machine", "memory", "data", "time", "money", "limits", "sources")
+    ]
+
+
+def test_a_dry_run_keeps_the_forecast_that_a_run_began_with(a100):
+    plan = make_plan(a100)
+    path = a100.run_dir / "plan.json"
+    assert keep_plan(plan, a100.run_dir) == f"written to {path}"
+    assert json.loads(path.read_text()) == plan
+    path.write_text(json.dumps(plan | {MADE: {"workers": 1}}))
+    assert keep_plan(plan, a100.run_dir).startswith("not written")
+    assert MADE in json.loads(path.read_text())
+
+
+def test_a_dry_run_loads_nothing_heavy(tmp_path):
+    code = (
+        "import json, runpy, sys; sys.argv[:] = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print(json.dumps(sorted({'torch', 'ray', 'numpy', 'pyarrow', 'mlflow'} & set(sys.modules))))"
+    )
+    flags = ["--dry-run", "--preset", "a100_d10", "--base-dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "jobs" / "pretrain.py"), *flags],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (tmp_path / "runs" / "d10" / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        ([48 * 60, 55 * 60, 63 * 60], "55 (48 to 63) min"),
+        ([1.6, 1.77, 2.0], "1.8 (1.6 to 2.0) s"),
+        ([0.276, 0.387, 0.644], "387 (276 to 644) ms"),
+        ([3600 * 31, 3600 * 33, 3600 * 36], "33 (31 to 36) h"),
+        ([70, 70, 70], "70 s"),
+        ([0, 0, 0], "0 s"),
+    ],
+)
+def test_durations_are_in_the_unit_of_the_middle(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_numbers_of_a_range_have_the_same_digits():
+    assert spread([0.82, 0.92, 1.1]) == "0.92 (0.82 to 1.10)"
+    assert spread([845.2, 944.4, 1214.3]) == "944 (845 to 1,214)"
+    assert dollars([3.5, 4, 4.85]) == "$4.00 ($3.50 to $4.85)"
+    assert dollars([151.2, 169, 204]) == "$169 ($151 to $204)"
