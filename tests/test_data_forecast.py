@@ -176,6 +176,16 @@ def test_shards_that_were_deleted_do_not_count(tiny_config):
     assert not forecast(config).tokens_ready
 
 
+@pytest.mark.parametrize("corpus", ["climbmix", "embedded", ""])
+def test_nothing_to_train_on_is_no_number_of_epochs(tiny_config, own_corpus, corpus):
+    """The run refuses it, and says what to do; the plan must not end in a division by zero."""
+    if not corpus:
+        for part in own_corpus.iterdir():
+            part.write_text("")
+    data = forecast(tiny_config(corpus=corpus or str(own_corpus), num_data_shards=1 if corpus else -1))
+    assert data.epochs is data.shards_needed is None
+
+
 def test_a_damaged_record_is_passed_over(tiny_config):
     config = tiny_config()
     [record] = prepared(config).manifest.folder.glob("request-*.json")

@@ -55,7 +55,8 @@ class DataForecast:
     @property
     def epochs(self) -> Range | None:
         """Passes over the corpus that the run makes; up to 1 no token is seen twice."""
-        return self.tokens_there.under(self.tokens_needed) if self.tokens_there else None
+        there = self.tokens_there
+        return there.under(self.tokens_needed) if there and there.low > 0 else None
 
     @property
     def shards_needed(self) -> Range | None:
@@ -141,8 +142,9 @@ def _corpus_tokens(known: Known, chars: Range | None, ratio: Range) -> tuple[Ran
     if known.fresh:
         same = known.fresh[0]
         return Range.exactly(same.train.tokens_in), f"token shards {same.fingerprint} of the same text and tokenizer"
-    if known.stale and known.files:
-        old, then = known.stale[0], sum(size for _, size, _ in known.stale[0].train_files)
+    then = sum(size for _, size, _ in known.stale[0].train_files) if known.stale else 0
+    if known.files and then > 0:
+        old = known.stale[0]
         tokens = Range.around(old.train.tokens_in * known.files.train_bytes / then, SAMPLE_SPREAD)
         return tokens, f"estimate: token shards {old.fingerprint}, made before the corpus changed, by size"
     if chars is None:
@@ -190,6 +192,6 @@ def _tokenizer_ready(config: Config, known: Known) -> bool:
     if chosen:
         folder = Path(chosen).expanduser() if os.sep in chosen else config.base_dir / "tokenizers" / chosen
         return (folder / "tokenizer.json").exists()
-    return any(
-        (Path(record.tokenizer_dir) / "tokenizer.json").exists() for record in known.fresh if record.tokenizer_dir
-    )
+    # A record of a run does not say where its tokenizer is; the run had one.
+    folders = [record.tokenizer_dir for record in known.fresh]
+    return any(not folder or (Path(folder) / "tokenizer.json").exists() for folder in folders)
