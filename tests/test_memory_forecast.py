@@ -11,7 +11,7 @@ from raychat.config import Config
 from raychat.model import GPT
 from raychat.optim import build_optimizer
 from raychat.planning import ModelShape, model_shape
-from raychat.planning.activations import TrainingPass, saved_bytes
+from raychat.planning.activations import TrainingPass, logits_bytes, saved_bytes
 from raychat.planning.memory import (
     MemoryForecast,
     explain_difference,
@@ -121,6 +121,32 @@ def test_weights_gradients_and_optimizer_are_those_of_the_built_model(dtype: str
     assert optimizer_bytes(shape, dtype, 1) == sum(t.nbytes for _, t in optimizer.owned_state().values())
 
 
+def saved_by_autograd(
+    config: Config, dtype: str, *, rows: int, loss: str, grad_checkpoint: bool, compiled: bool
+) -> int:
+    """Bytes that a forward pass of the real model keeps, parameters and tables left out."""
+    model = GPT(gpt_config(config))
+    model.set_compute_dtype(getattr(torch, dtype))
+    model.init_weights(seed=0)
+    model.grad_checkpoint, model.loss_impl = grad_checkpoint, loss
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    # This back-end partitions forward and backward as a GPU's does, and generates no code.
+    forward = torch.compile(model, backend="aot_eager_decomp_partition", dynamic=False) if compiled else model
+    T, V = config.model.max_seq_len, config.model.vocab_size
+    tokens = torch.randint(0, V, (rows, T + 1), generator=torch.Generator().manual_seed(3))
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward(tokens[:, :-1], tokens[:, 1:], reduction="sum")
+    return sum(storage.nbytes() for storage in saved.values())
+
+
 @pytest.mark.parametrize(
     ("dtype", "pattern", "kv_heads", "T", "grad_checkpoint"),
     [
@@ -135,34 +161,30 @@ def test_activations_are_what_autograd_saves(
 ) -> None:
     flags = {"depth": 4, "head_dim": 64, "vocab_size": 512, "window_pattern": pattern, "num_kv_heads": kv_heads}
     config = Config.from_flat({**flags, "max_seq_len": T})
-    model = GPT(gpt_config(config))
-    model.set_compute_dtype(getattr(torch, dtype))
-    model.init_weights(seed=0)
-    model.grad_checkpoint, model.loss_impl = grad_checkpoint, "chunked"
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    tokens = torch.randint(0, 512, (2, T + 1), generator=torch.Generator().manual_seed(3))
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(tokens[:, :-1], tokens[:, 1:], reduction="sum")
-    run = TrainingPass(
-        shape=model_shape(config.model),
-        rows=2,
-        device="cpu",
-        dtype=dtype,
-        loss="chunked",
-        grad_checkpoint=grad_checkpoint,
-        compiled=False,
-    )
+    setting: dict[str, Any] = {"rows": 2, "loss": "chunked", "grad_checkpoint": grad_checkpoint, "compiled": False}
+    run = TrainingPass(shape=model_shape(config.model), device="cpu", dtype=dtype, **setting)
     # The chunked loss saves the gradients of the stream (as large as its input) and of the head.
-    counted = sum(storage.nbytes() for storage in saved.values()) - 4 * 512 * 256
+    counted = saved_by_autograd(config, dtype, **setting) - 4 * 512 * 256
     assert saved_bytes(run) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own imports when it compiles
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_compiled_activations_and_logits_are_what_the_partitioner_saves(grad_checkpoint: bool) -> None:
+    config = Config.from_flat(
+        {"depth": 3, "aspect_ratio": 64, "head_dim": 64, "vocab_size": 512, "max_seq_len": 256, "window_pattern": "L"}
+    )
+    setting: dict[str, Any] = {"rows": 2, "loss": "full", "grad_checkpoint": grad_checkpoint, "compiled": True}
+    run = TrainingPass(shape=model_shape(config.model), device="cpu", dtype="bfloat16", **setting)
+    counted = saved_by_autograd(config, "bfloat16", **setting)
+    assert saved_bytes(run) + logits_bytes(run)[0] == pytest.approx(counted, rel=0.02)
+
+
+def test_a_save_in_the_background_is_counted_on_a_cpu() -> None:
+    shape = shape_of(depth=4)
+    plain, saving = (forecast(shape, 4, **CPU, host_copy=copy) for copy in (False, True))
+    assert saving.total - plain.total == plain.weights + plain.optimizer
+    assert forecast(shape, 4, host_copy=True) == forecast(shape, 4)
 
 
 def test_no_batch_fits_into_no_memory() -> None:

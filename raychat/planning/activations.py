@@ -99,14 +99,15 @@ def kept_bytes(run: TrainingPass, layer: int) -> int:
 
 
 def stem_bytes(run: TrainingPass) -> int:
-    """Bytes saved before the first block: the embedding's norm, and the smear."""
+    """Bytes saved before the first block: the embedding's norm, and the smear (compiled, one is made from the other)."""
     gate = run.tokens * (8 + SMEAR_CHANNELS * run.element)
-    return run.norm_input + run.stream + gate
+    again = run.compiled and not run.grad_checkpoint
+    return (0 if again else run.norm_input) + run.stream + gate
 
 
 def head_bytes(run: TrainingPass) -> int:
-    """Bytes saved behind the last block, without the logits: the last norm, and what the head reads."""
-    return run.norm_input + run.stream
+    """Bytes saved behind the last block, without the logits: the last norm (not compiled), and what the head reads."""
+    return (0 if run.compiled else run.norm_input) + run.stream
 
 
 def saved_bytes(run: TrainingPass) -> int:

@@ -65,11 +65,13 @@ def forecast_memory(
     grad_checkpoint: bool,
     compiled: bool,
     fp8: bool = False,
+    host_copy: bool = False,
 ) -> MemoryForecast:
     """Peak memory of training `shape` in passes of `device_batch_size` of a rank's `rows_per_rank` sequences.
 
     On a CPU the whole process counts, as its resident memory does; on CUDA what torch allocates. `fp8` changes nothing:
-    torchao saves the inputs of its layers in the compute dtype.
+    torchao saves the inputs of its layers in the compute dtype. `host_copy`: on a CPU, what a save in the background
+    writes is there beside it, from the first save on.
     """
     run = TrainingPass(
         shape=shape,
@@ -88,7 +90,8 @@ def forecast_memory(
             _update(shape, dtype, device, workers),
         )
     ]
-    return max((_with_overhead(moment, run) for moment in moments), key=lambda moment: moment.total)
+    copied = sum(static.values()) if host_copy and device == "cpu" else 0
+    return max((_with_overhead(moment, run, copied) for moment in moments), key=lambda moment: moment.total)
 
 
 def largest_batch(shape: ModelShape, *, rows: int, memory_bytes: int, rows_per_rank: int, **setting: Any) -> int | None:
@@ -223,9 +226,10 @@ def _update(shape: ModelShape, dtype: str, device: str, workers: int) -> dict[st
     }
 
 
-def _with_overhead(moment: MemoryForecast, run: TrainingPass) -> MemoryForecast:
-    """`moment` with what is not the model's: workspaces on CUDA; on a CPU the process, and the holes of its heap."""
+def _with_overhead(moment: MemoryForecast, run: TrainingPass, copied: int) -> MemoryForecast:
+    """`moment` with what is not the model's: workspaces on CUDA; on a CPU the process, the holes of its heap, a save."""
     parts = dict(vars(moment))
+    parts["overhead"] += copied
     if run.device == "cuda":
         parts["overhead"] += CUDA_WORKSPACE
     else:
