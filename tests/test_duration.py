@@ -9,6 +9,7 @@ from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.planning import model_shape, recipe
 from raychat.planning.duration import Measured, evaluations, forecast_time
+from raychat.planning.efficiency import core_rate
 from raychat.planning.ranges import Range
 from raychat.planning.target import resolve_target
 
@@ -216,8 +217,21 @@ def test_a_cpu_takes_as_long_as_its_cores_need(monkeypatch):
         times.append(forecast(settings).steps.mid)
     assert times[0] == pytest.approx(2 * times[1])
     config = Config.from_flat(settings)
-    assert times[0] == pytest.approx(recipe(config).flops / (2 * 5e10))
+    rate = core_rate("float32", depth=4, width=256).flops
+    assert times[0] == pytest.approx(recipe(config).flops / (2 * rate.mid))
     assert forecast(settings).mfu is None
+
+
+def test_the_demo_of_the_readme_lies_in_the_range(monkeypatch):
+    """2 cores of an AMD EPYC: 20,054 tokens/s, 2m32s of wall time, evaluations of 2.3 to 3.3 s."""
+    monkeypatch.setattr("raychat.planning.target.local_cores", lambda: 2)
+    settings = {"depth": 4, "aspect_ratio": 32, "head_dim": 64, "max_seq_len": 256, "vocab_size": 4096,
+                "window_pattern": "L", "device_batch_size": 16, "total_batch_size": 8192, "num_iterations": 300,
+                "eval_every": 50, "eval_tokens": 131_072, "device_type": "cpu", "dtype": "bfloat16"}  # fmt: skip
+    found = forecast(settings)
+    assert found.tok_per_sec.includes(20_054)
+    assert found.total.includes(152)
+    assert found.eval_s.includes(2.6)
 
 
 def test_every_part_that_is_not_nothing_says_where_it_is_from():

@@ -185,7 +185,7 @@ def _rate(config: Config, recipe: Recipe, shape: ModelShape, target: Target, sou
     if target.device == "cpu":
         if not target.cores:
             return None
-        found = core_rate(dtype, depth=shape.n_layer, calibration=calibration)
+        found = core_rate(dtype, depth=shape.n_layer, width=shape.n_embd, calibration=calibration)
         sources["steps"] = f"{target.cores} cores x {found.source}"
         return found.flops.scaled(target.cores * target.machines / again)
     rows = recipe.total_batch_size // shape.sequence_len

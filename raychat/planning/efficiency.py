@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from raychat.errors import ConfigError
-from raychat.planning.devices import CPU_CORE_FLOPS
 from raychat.planning.ranges import Range
 
 TABLE = Path(__file__).with_name("efficiency.toml")
@@ -92,8 +91,8 @@ def mfu_range(
     return found
 
 
-def core_rate(dtype: str, *, depth: int, calibration: Path | None = None) -> CoreRate:
-    """What a CPU core sustains in this compute dtype.
+def core_rate(dtype: str, *, depth: int, width: int = 256, calibration: Path | None = None) -> CoreRate:
+    """What a CPU core sustains in this compute dtype, on a model of so many blocks and channels.
 
     Raises:
         ConfigError: for a calibration file that cannot be read.
@@ -105,9 +104,11 @@ def core_rate(dtype: str, *, depth: int, calibration: Path | None = None) -> Cor
         low, high = float(nearest.get("low", mid)), float(nearest.get("high", mid))
         rate = _wider(Range(min(low, mid), mid, max(high, mid)), away)
         return CoreRate(flops=rate, source=_fitted_source(nearest))
-    rate = Range.around(CPU_CORE_FLOPS[dtype], CPU_SPREAD)
+    measured = _table().cores.get(dtype) or _table().cores["float32"]
+    rate = _between(width, [at for at, _ in measured], [flops for _, flops in measured])
     return CoreRate(
-        flops=rate, source=f"{rate.mid:.0e} FLOPs/s per core (measured: AMD Zen 4, d4, float32), give or take 40%"
+        flops=Range.around(rate, CPU_SPREAD),
+        source=f"{rate / 1e9:.0f} GFLOP/s a core, give or take 40% (measured on AMD Zen 4, {dtype}, by width)",
     )
 
 
@@ -169,15 +170,18 @@ def _at_most(percent: Range) -> Range:
 
 
 def _by_depth(depth: int) -> float:
-    """Growth of MFU with depth, linear between the table's depths and constant beyond them."""
-    depths, ratios = _table().depths, _table().ratios
-    if depth <= depths[0]:
-        return ratios[0]
-    for i in range(1, len(depths)):
-        if depth <= depths[i]:
-            share = (depth - depths[i - 1]) / (depths[i] - depths[i - 1])
-            return ratios[i - 1] + share * (ratios[i] - ratios[i - 1])
-    return ratios[-1]
+    """Growth of MFU with depth."""
+    return _between(depth, _table().depths, _table().ratios)
+
+
+def _between(x: float, xs: list[float], ys: list[float]) -> float:
+    """Linear between the points of a table, constant beyond them."""
+    if x <= xs[0]:
+        return ys[0]
+    for i in range(1, len(xs)):
+        if x <= xs[i]:
+            return ys[i - 1] + (x - xs[i - 1]) / (xs[i] - xs[i - 1]) * (ys[i] - ys[i - 1])
+    return ys[-1]
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,8 @@ class _Table:
     neighbours: dict[str, tuple[str, Range]]
     depths: list[float]
     ratios: list[float]
+    cores: dict[str, list[tuple[float, float]]]
+    """compute dtype -> (width, FLOPs per second), narrow to wide"""
 
 
 @cache
@@ -204,7 +210,16 @@ def _table() -> _Table:
         for gpu in raw["gpus"]:
             entries.setdefault((gpu, raw.get("fp8", False)), []).append(entry)
     neighbours = {gpu: (raw["of"], Range(*raw["factor"])) for raw in content["neighbour"] for gpu in raw["gpus"]}
-    return _Table(entries, neighbours, content["by_depth"]["depth"], content["by_depth"]["ratio"])
+    cores: dict[str, list[tuple[float, float]]] = {}
+    for raw in content["core"]:
+        cores.setdefault(raw["dtype"], []).append((raw["width"], raw["flops"]))
+    return _Table(
+        entries,
+        neighbours,
+        content["by_depth"]["depth"],
+        content["by_depth"]["ratio"],
+        {dtype: sorted(points) for dtype, points in cores.items()},
+    )
 
 
 def _calibrated(path: Path | None, gpu: str, *, fp8: bool, dtype: str) -> list[Entry]:
