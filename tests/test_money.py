@@ -120,8 +120,13 @@ def test_without_a_machine_the_cheapest_with_this_gpu_is_named():
     assert "the cheapest of the table" in found.price_source
     assert "document 004" in found.price_source
     assert [option.machine.name for option in found.options] == ["a100-rented", "p4d.24xlarge"]
-    eight, _ = money(gpu="a100-40gb", num_workers=8)
-    assert {option.machine.name: option.machines for option in eight.options} == {"p4d.24xlarge": 1, "a100-rented": 8}
+
+
+def test_machines_that_would_have_to_be_joined_by_a_network_are_no_option():
+    one, _ = money(gpu="h100", num_workers=8)
+    assert {option.machine.name: option.machines for option in one.options} == {"lambda-8xh100": 1, "p5.48xlarge": 1}
+    two, _ = money(gpu="h100", num_workers=16)
+    assert {option.machines for option in two.options} == {2}
 
 
 def test_a_named_machine_costs_what_its_nodes_cost():

@@ -44,7 +44,7 @@ class MoneyForecast:
     machine: str
     """machine type the price is of; "" when --price-per-hour gave it, or there is none"""
     options: tuple[MachineCost, ...]
-    """the machine types of the table that have this GPU, cheapest first"""
+    """the machine types of the table that hold these workers, cheapest first"""
 
 
 def price_per_hour(config: Config) -> float | None:
@@ -111,12 +111,14 @@ def forecast_money(config: Config, target: Target, time: TimeForecast | None) ->
 
 
 def _options(config: Config, target: Target, time: TimeForecast) -> tuple[MachineCost, ...]:
-    """Each with as many machines as hold the workers; the same forecast of time for all."""
+    """Each with as many machines as hold the workers, no more than `time` was made for: a network would slow them."""
     if target.device == "cpu":
         return ()
     costs = []
     for machine in machines_with(target.gpu, target.workers, load_prices(config.plan.prices)):
         count = _machines(target, machine)
+        if count > target.machines:
+            continue
         hours = time.undisturbed.scaled(count / 3600)
         costs.append(
             MachineCost(
