@@ -21,9 +21,9 @@ TIMES = {  # parts of a run's time, as the plan calls them
     "replay": "replay",
 }
 EXCEEDED = {
-    "surely": "too small: even the least of it is more",
-    "probably": "probably too small",
-    "possibly": "enough for what is expected, not for the worst",
+    "surely": "not enough, even at the least",
+    "probably": "probably not enough",
+    "possibly": "enough if all goes as expected",
     "no": "enough",
 }
 
@@ -112,7 +112,7 @@ def section(name: str, lines: list[str]) -> str:
     shown: list[str] = []
     for line in lines:
         indent = " " * (len(line) - len(line.lstrip()))
-        shown += textwrap.wrap(line, WIDTH - LABEL, subsequent_indent=indent + "  ", drop_whitespace=True) or [""]
+        shown += textwrap.wrap(line, WIDTH - LABEL, subsequent_indent=indent + "  ", break_on_hyphens=False) or [""]
     labels = [name, *[""] * (len(shown) - 1)]
     return "\n".join(f"{label:<{LABEL}}{line}".rstrip() for label, line in zip(labels, shown, strict=True))
 
@@ -160,8 +160,8 @@ def _rates(rates: dict[str, Any]) -> list[str]:
     end = f", to {rates['final_lr_frac']:.0%}" if rates["warmdown_steps"] else ""
     return [
         f"matrix {rates['matrix_lr']:.4g}, embedding {rates['embedding_lr']:.4g}, unembedding "
-        f"{rates['unembedding_lr']:.4g}, scalar {rates['scalar_lr']:.4g} (times {rates['lr_scale']:.4g} for the batch)",
-        f"weight decay {rates['weight_decay']:.4g}; warm-up {rates['warmup_steps']:,} steps, warm-down the last "
+        f"{rates['unembedding_lr']:.4g}, scalar {rates['scalar_lr']:.4g}; weight decay {rates['weight_decay']:.4g}",
+        f"scaled by {rates['lr_scale']:.4g} for the batch; warm-up {rates['warmup_steps']:,} steps, warm-down the last "
         f"{rates['warmdown_steps']:,}{end}",
     ]
 
@@ -188,14 +188,17 @@ def _machine(target: dict[str, Any]) -> str:
 
 def _memory(memory: dict[str, Any], target: dict[str, Any]) -> list[str]:
     there = f" of {gibibytes(memory['there'])}" if memory["there"] else ""
-    verdict = {True: ": fits", False: ": does not fit", None: ""}[memory["fits"]]
-    largest = memory["largest_batch"]
-    most = f"; at most {largest} sequences a pass" if largest else "" if memory["there"] is None else "; no batch fits"
     each = "" if target["workers"] == 1 else " on each device"
     source = f", measured (calculated: {gibibytes(memory['calculated'])})" if memory["measured"] else ""
-    head = f"{gibibytes(memory['total'])}{there}{each}{source}{verdict}"
+    verdict = {True: ": fits", False: ": does not fit", None: ""}[memory["fits"]]
+    largest = memory["largest_batch"]
+    most = f"; at most {largest} a pass" if largest else "" if memory["there"] is None else "; no batch fits"
     how = f"{memory['loss']} loss, {memory['dtype']}" + (", recomputed blocks" if memory["grad_checkpoint"] else "")
-    lines = [f"{head}{most} ({how})", ", ".join(f"{name} {memory['parts'][name] / GIB:.2f}" for name in PARTS)]
+    digits = 1 if memory["total"] > 10 * GIB else 2
+    lines = [
+        f"{gibibytes(memory['total'])}{there}{each}{source}{verdict}{most} ({how})",
+        ", ".join(f"{name} {memory['parts'][name] / GIB:.{digits}f}" for name in PARTS),
+    ]
     return [*lines, memory["with_full_loss"]["why"]] if memory["with_full_loss"] else lines
 
 
@@ -209,8 +212,8 @@ def _data(data: dict[str, Any]) -> list[str]:
         f"{data['packing']} packing: {data['packing_reason']}",
     ]
     if data["shards_needed"]:
-        have = f"; {data['shards_there']:,} are there" if data["shards_there"] else ""
-        lines.append(f"training files so that no token is seen twice: {_files(data['shards_by'])}{have}")
+        have = f"; {data['shards_there']:,} there" if data["shards_there"] else ""
+        lines.append(f"files to see no token twice: {_files(data['shards_by'])}{have}")
     if any(data["kept"].values()):
         kept = [f"{name} {spread([100 * share for share in value])}%" for name, value in data["kept"].items() if value]
         lines.append(f"tokens that packing keeps: {', '.join(kept)}")
