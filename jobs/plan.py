@@ -37,7 +37,8 @@ def main(args: Sequence[str]) -> int:
     if own.calibrate:
         return calibrate(config)
     beside = own.depths or own.machines or own.gpus_list
-    if (own.budget_usd or own.max_hours) and not beside:
+    limits = [own.budget_usd, own.max_hours, config.money.budget_usd, config.money.max_hours]
+    if not beside and any(limit not in (None, -1) for limit in limits):
         return propose(config, own, args, flags(rest))
     return compare(config, own, flags(rest))
 
@@ -45,7 +46,10 @@ def main(args: Sequence[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """The flags that are not those of a run."""
     made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python jobs/plan.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     budget = made.add_argument_group("what a budget buys")
     budget.add_argument("--budget-usd", type=float, help="dollars; needs a known price, or --price-per-hour")
@@ -64,7 +68,12 @@ def parser() -> argparse.ArgumentParser:
 def propose(config: Config, own: argparse.Namespace, args: Sequence[str], pins: set[str]) -> int:
     """Print what the budget buys best, and keep it as a preset where that is asked for."""
     target = resolve_target(config)
-    hours, budget = proposal.hours_of(config, target, budget_usd=own.budget_usd, max_hours=own.max_hours)
+    hours, budget = proposal.hours_of(
+        config,
+        target,
+        budget_usd=known(own.budget_usd, config.money.budget_usd),
+        max_hours=known(own.max_hours, config.money.max_hours),
+    )
     found = proposal.propose(config, target=target, hours=hours, pins=pins | of_presets(config))
     print(recommendation.format_proposal(found, budget))
     command = recommendation.training_command(found, sorted(pins))
@@ -99,6 +108,11 @@ def calibrate(config: Config) -> int:
 
     calibrate_runs(config.base_dir, config.runs_dir, echo=print)
     return 0
+
+
+def known(flag: float | None, setting: float) -> float | None:
+    """A limit as a flag of this job gives it, else as a preset does."""
+    return flag if flag is not None else setting if setting > 0 else None
 
 
 def flags(args: Sequence[str]) -> set[str]:

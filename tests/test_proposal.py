@@ -106,7 +106,7 @@ def test_device_batch_divides_and_fits_and_is_the_usual_one_where_that_fits(conf
 
 def test_a_model_that_fits_nowhere_is_refused_with_the_memory_it_needs(config):
     small = with_values(config, gpu="rtx-3080", depth=48)
-    with pytest.raises(ConfigError, match=r"one sequence a pass needs .* GiB, and there are 10\.0 GiB"):
+    with pytest.raises(ConfigError, match=r"one sequence a pass needs .* GiB, of 10\.0 GiB 90% can be used"):
         fit_batch(small, resolve_target(small))
 
 

@@ -16,6 +16,7 @@ from raychat.checks import require
 from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.planning import scaling
+from raychat.planning.memory import SHARE
 from raychat.planning.outlook import Outlook, batch_sizes, largest_that_fits, look_ahead, memory_of, rank_memory
 from raychat.planning.plan import OPTIMAL_RATIO, optimal_iterations
 from raychat.planning.target import Target
@@ -102,7 +103,7 @@ def hours_of(config: Config, target: Target, *, budget_usd: float | None, max_ho
             )
         paid = budget_usd * time.undisturbed.mid / money.on_demand.mid / 3600
         hours = min(hours, paid)
-        words.insert(0, f"${budget_usd:,.2f} at ${budget_usd / paid:,.2f} an hour = {paid:.2f} hours")
+        words.insert(0, f"${budget_usd:,.2f} at ${budget_usd / paid:,.2f} an hour = {paid:,.2f} hours")
     return hours, " and ".join(words)
 
 
@@ -119,7 +120,7 @@ def fit_batch(config: Config, target: Target) -> Config:
         require(
             there is None,
             f"one sequence a pass needs {memory_of(one, target).total / 2**30:.1f} GiB, "
-            f"and there are {(there or 0) / 2**30:.1f} GiB",
+            f"of {(there or 0) / 2**30:.1f} GiB {SHARE:.0%} can be used",
         )
     sizes = [size for size in batch_sizes(one, target) if size <= (most or USUAL_BATCH)]
     best = max(size for size in sizes if size <= USUAL_BATCH)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import math
 import shlex
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from raychat.config import Config, MoneySettings, RunSettings
-from raychat.planning.layout import columns, count, dollars, duration, gibibytes, section, spread, target_name
+from raychat.planning.layout import columns, count, dollars, duration, gibibytes, section, target_name
 from raychat.planning.outlook import memory_of
 from raychat.planning.plan import optimal_iterations
 from raychat.planning.proposal import HORIZON, Candidate, Proposal
@@ -121,6 +122,7 @@ def _reached(candidate: Candidate) -> str:
 
 def _row(candidate: Candidate, chosen: Candidate) -> list[str]:
     mark = ">" if candidate is chosen else ""
+    decimals = max(0, 2 - math.floor(math.log10(chosen.hours)))
     if candidate.config is None or candidate.outlook is None:
         return [mark, str(candidate.depth), "", "", "", "", "", candidate.why]
     recipe = candidate.outlook.recipe
@@ -131,7 +133,7 @@ def _row(candidate: Candidate, chosen: Candidate) -> list[str]:
         f"{recipe.num_iterations:,}",
         count(recipe.tokens),
         f"{candidate.ratio:.1f}",
-        spread([candidate.hours] * 3, digits=3),
+        f"{candidate.hours:,.{decimals}f}",
         candidate.why,
     ]
 
