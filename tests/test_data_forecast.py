@@ -54,6 +54,7 @@ def test_the_documents_run_needs_12_to_16_files_before_packing_and_more_after_it
     assert (data.shards_by["best-fit"].low, data.shards_by["best-fit"].high) == (13, 19)
     assert data.shards_by["keep"] == data.shards_by["unpacked"]
     assert not data.exact
+    assert data.packing_reason.startswith("best-fit may deliver 731M to 1,080M tokens; decided by the first documents")
     assert data.source == "estimate: 17 training files of 250M characters, 3.5 to 5.0 characters a token"
 
 

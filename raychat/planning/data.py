@@ -172,12 +172,16 @@ def _packing(config: Config, known: Known, needed: int, best_fit: Range | None) 
         sample, share = sampled
         tokens = packed_tokens(sample.corpus_tokens, share, known.seq_len)
         choice = auto_packing(tokens, needed, sample.margin)
-        return choice, f"best-fit delivers some {tokens:,.0f} tokens by the first {sample.docs} documents"
+        return choice, f"best-fit delivers some {_count(tokens)} tokens by the first {sample.docs} documents"
     later = "decided by the first documents when the corpus is read"
     if best_fit is None:
         return "best-fit", later
     choice = auto_packing(best_fit.mid, needed, known.margin)
-    return choice, f"best-fit may deliver {best_fit.low:,.0f} to {best_fit.high:,.0f} tokens; {later}"
+    return choice, f"best-fit may deliver {_count(best_fit.low)} to {_count(best_fit.high)} tokens; {later}"
+
+
+def _count(tokens: float) -> str:
+    return f"{tokens / 1e6:,.0f}M" if tokens >= 1e7 else f"{tokens:,.0f}"
 
 
 def _files_for(needed: int, total: Range | None, files: int | None) -> Range | None:
