@@ -65,18 +65,18 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def propose(config: Config, own: argparse.Namespace, args: Sequence[str], pins: set[str]) -> int:
+def propose(config: Config, own: argparse.Namespace, args: Sequence[str], given: set[str]) -> int:
     """Print what the budget buys best, and keep it as a preset where that is asked for."""
-    target = resolve_target(config)
+    target, pins = resolve_target(config), given | of_presets(config)
     hours, budget = proposal.hours_of(
         config,
         target,
         budget_usd=known(own.budget_usd, config.money.budget_usd),
         max_hours=known(own.max_hours, config.money.max_hours),
     )
-    found = proposal.propose(config, target=target, hours=hours, pins=pins | of_presets(config))
+    found = proposal.propose(config, target=target, hours=hours, pins=pins)
     print(recommendation.format_proposal(found, budget))
-    command = recommendation.training_command(found, sorted(pins))
+    command = recommendation.training_command(found, sorted(given))
     print(f"\nto train it  {command}\nthe plan     {command} --dry-run")
     if own.write_preset:
         mine = shlex.join(["python", "jobs/plan.py", *without(args, "--write-preset", "--base-dir")])
@@ -85,7 +85,7 @@ def propose(config: Config, own: argparse.Namespace, args: Sequence[str], pins: 
     return 0
 
 
-def compare(config: Config, own: argparse.Namespace, pins: set[str]) -> int:
+def compare(config: Config, own: argparse.Namespace, given: set[str]) -> int:
     """Print the plans side by side, and keep them where that is asked for."""
     machines: list[dict[str, Any]] = [{"machine": name, "gpu": ""} for name in listed(own.machines)]
     machines += [gpus(text) for text in listed(own.gpus_list)]

@@ -55,6 +55,17 @@ def test_the_preset_that_is_written_is_the_proposal(run, tmp_path):
     assert "#     python jobs/plan.py --gpu h100 --budget-usd 20 --eval-every 500 --gpus 2" in comment
 
 
+def test_a_preset_from_a_preset_holds_its_values_and_its_limits_are_the_budget(run, job, tmp_path):
+    mine, written = tmp_path / "mine.toml", tmp_path / "written.toml"
+    mine.write_text('window_pattern = "SL"\nmatrix_lr = 0.01\nmax_hours = 1.0\n')
+    out = run("--preset", str(mine), "--gpu", "h100", "--write-preset", str(written))
+    assert "budget: 1 hours" in out
+    assert f"python jobs/pretrain.py --preset {mine}" in out
+    values = tomllib.loads(written.read_text())
+    assert (values["window_pattern"], values["matrix_lr"]) == ("SL", 0.01)
+    assert "max_hours" not in values
+
+
 def test_what_is_written_can_be_planned_and_costs_what_was_said(run, job, tmp_path):
     file = tmp_path / "mine.toml"
     run("--gpu", "a100-40gb", "--price-per-hour", "4.3", "--budget-usd", "9", "--write-preset", str(file))

@@ -84,8 +84,8 @@ def preset_text(proposal: Proposal, command: str, budget: str, given: Sequence[s
 def training_command(proposal: Proposal, given: Sequence[str]) -> str:
     """What starts the run that is proposed, with the settings that were `given`."""
     config, _ = _known(proposal.chosen)
-    values = _values(proposal, config, [*given, "machine", "price_per_hour", "base_dir"])
-    values |= {name: value for name in ("preset",) if (value := config.flat()[name])}
+    values = _values(proposal, config, given)
+    values = ({"preset": config.run.preset} if config.run.preset else {}) | values
     return shlex.join(
         ["python", "jobs/pretrain.py", *[part for name, value in values.items() for part in _flag(name, value)]]
     )
