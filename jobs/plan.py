@@ -91,7 +91,7 @@ def compare(config: Config, own: argparse.Namespace, given: set[str]) -> int:
     machines += [gpus(text) for text in listed(own.gpus_list)]
     depths = [whole(text, "--depths") for text in listed(own.depths)] or [config.model.depth]
     rows = comparison.compare(
-        config, depths, machines or [{}], keep_batch="device_batch_size" in pins | of_presets(config)
+        config, depths, machines or [{}], keep_batch="device_batch_size" in given | of_presets(config)
     )
     print(comparison.format_rows(rows))
     if own.output:
