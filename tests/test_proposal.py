@@ -88,6 +88,14 @@ def test_a_pinned_horizon_stays_and_decides_the_depth(config):
     assert deeper.why == "more than the budget pays for"
 
 
+@pytest.mark.parametrize("pin", [{"num_iterations": 1500}, {"target_flops": 4e17}], ids=str)
+def test_pinned_iterations_and_flops_go_to_a_model_that_they_train_enough(config, pin):
+    chosen = proposed(config, 100, **pin).chosen
+    assert chosen.ratio >= OPTIMAL_RATIO * 0.999
+    deeper = proposed(config, 100, depth=chosen.depth + 2, **pin).chosen
+    assert deeper.ratio < OPTIMAL_RATIO
+
+
 def test_a_pinned_depth_beyond_the_budget_gets_what_the_budget_pays_for(config):
     chosen = proposed(config, 2, depth=14).chosen
     assert chosen.depth == 14

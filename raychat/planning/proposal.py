@@ -144,7 +144,10 @@ class _Budget:
     pins: frozenset[str]
 
     def deepest(self, config: Config) -> int:
-        """The deepest even depth whose compute-optimal (or pinned) horizon is paid for and whose memory is there."""
+        """The deepest even depth whose compute-optimal (or pinned) horizon is paid for and whose memory is there.
+
+        Pinned iterations or FLOPs have to make it compute-optimal; a pinned ratio says itself what is enough.
+        """
         best, needed = None, ""
         for depth in range(2, MAX_DEPTH + 1, 2):
             try:
@@ -155,6 +158,9 @@ class _Budget:
             hours = self._hours(least)
             if hours > self.hours:
                 needed = needed or f"depth {depth} takes {hours:.2g} hours to be compute-optimal"
+                break
+            if _undertrained(least):
+                needed = needed or f"the pinned horizon is not enough for depth {depth} to be compute-optimal"
                 break
             best = depth
         if best is None:
@@ -228,6 +234,12 @@ def _grain(n: int) -> int:
 
 def _optimal(config: Config) -> int:
     return optimal_iterations(scaling.model_shape(config.model), scaling.recipe(config).total_batch_size)
+
+
+def _undertrained(config: Config) -> bool:
+    """Whether the iterations or FLOPs that `config` names leave the model short of compute-optimal."""
+    named = config.horizon.num_iterations > 0 or config.horizon.target_flops > 0
+    return named and scaling.recipe(config).num_iterations < _optimal(config)
 
 
 def _step_s(config: Config, target: Target) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from raychat.config import Config, MoneySettings, RunSettings
 from raychat.planning.layout import columns, count, dollars, duration, gibibytes, section, target_name
-from raychat.planning.outlook import memory_of
+from raychat.planning.outlook import memory_of, rank_memory
 from raychat.planning.plan import optimal_iterations
 from raychat.planning.proposal import HORIZON, Candidate, Proposal
 from raychat.planning.scaling import model_shape
@@ -62,6 +62,8 @@ def preset_text(proposal: Proposal, command: str, budget: str, given: Sequence[s
     config, recipe = _known(proposal.chosen)
     shape = model_shape(config.model)
     optimal = optimal_iterations(shape, recipe.total_batch_size)
+    memory = rank_memory(proposal.target)
+    there = f" of {gibibytes(memory)}" if memory else ""
     words = [
         f"Depth {proposal.chosen.depth} on {proposal.target.workers} x {proposal.target.gpu}, {cost(proposal.chosen)}.",
         "Reproduced by",
@@ -69,7 +71,7 @@ def preset_text(proposal: Proposal, command: str, budget: str, given: Sequence[s
         f"Depth: {proposal.chosen.why}. Budget: {budget}. Neighbours within it:",
         *[f"    depth {other.depth}{_reached(other)}: {other.why}" for other in proposal.neighbours],
         f"Device batch: {config.batch.device_batch_size} sequences need "
-        f"{gibibytes(memory_of(config, proposal.target).total)} of {gibibytes(proposal.target.memory_bytes or 0)}.",
+        f"{gibibytes(memory_of(config, proposal.target).total)}{there}.",
         f"Horizon: {recipe.num_iterations / optimal:.2f} times the {optimal:,} iterations that are compute-optimal.",
     ]
     if proposal.pins:
