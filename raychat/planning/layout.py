@@ -289,8 +289,19 @@ def _sources(plan: dict[str, Any]) -> list[str]:
         lines += [f"{TIMES.get(name, name)}: {words}" for name, words in plan["time"]["sources"].items()]
     money = plan["money"]
     if money and (money["on_demand"] or money["spot"]):
-        lines.append(f"price: {money['price_source']}")
+        lines += [f"price: {money['price_source']}", *_price_sources(money)]
     return lines
+
+
+def _price_sources(money: dict[str, Any]) -> list[str]:
+    """Source and date of the prices of other machine types, those of one source together."""
+    names: dict[str, list[str]] = {}
+    for option in money["options"]:
+        machine = option["machine"]
+        if machine["name"] != money["machine"]:
+            date = "of a date that is not known" if machine["as_of"] == "unknown" else f"of {machine['as_of']}"
+            names.setdefault(f"{machine['source']}, {date}", []).append(machine["name"])
+    return [f"{', '.join(found)}: {source}" for source, found in names.items()]
 
 
 def _limits(limits: list[dict[str, Any]]) -> list[str]:
