@@ -27,12 +27,13 @@ ROTARY_REACH = 10  # rotary tables reach this many times sequence_len (raychat/m
 MUON_CHUNK = {"cpu": 2**18, "cuda": 2**26}  # elements that one Muon call works on (raychat/optim/sharded.py)
 MUON_BYTES = 20  # per element of a call: stacked parameter and gradient, update in float32, and its products
 CUDA_WORKSPACE = 32 * 2**20  # bytes of cuBLAS (8 MiB, on Hopper 32 MiB: PyTorch's notes on CUDA)
-# Measured with a model of next to nothing on Linux, torch 2.13 for CPU, one and two threads: see docs/memory.md.
-PROCESS = {"float32": 360_000_000, "bfloat16": 380_000_000, "float16": 360_000_000}
-# glibc takes blocks of up to 32 MiB from a heap in which freed ones leave holes: measured over 8 configurations
-# as a share of what lives in such blocks at the peak (docs/memory.md). Larger blocks are mapped one by one.
+# Resident memory of a process that trains next to nothing: Linux, torch 2.13 for CPU, one thread and two (docs/memory.md).
+PROCESS = {"float32": 367_000_000, "bfloat16": 400_000_000, "float16": 367_000_000}
+# glibc takes blocks of up to 32 MiB from a heap in which freed ones leave holes; larger ones it maps one by one (with
+# recomputation, smaller ones too: raychat/training/heap.py). Holes as a share of the activations in the heap: the median
+# of 7 measurements, 0.36 to 0.87 (docs/memory.md).
 HEAP_BLOCK = 32 * 2**20
-HEAP_HOLES = 0.30
+HEAP_HOLES = 0.46
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +238,8 @@ def _with_overhead(moment: MemoryForecast, run: TrainingPass, copied: int) -> Me
     return MemoryForecast(**parts)
 
 
-def _in_heap(moment: MemoryForecast, run: TrainingPass) -> int:
-    """Bytes that live in blocks small enough for the heap."""
-    return moment.activations
+def _in_heap(moment: MemoryForecast, run: TrainingPass) -> float:
+    """Bytes of activations in blocks small enough for the heap. Of 19 streams that a block saves, 8 are in two tensors."""
+    if run.grad_checkpoint or run.stream > HEAP_BLOCK:
+        return 0
+    return moment.activations * (1 if 4 * run.stream <= HEAP_BLOCK else 11 / 19)
