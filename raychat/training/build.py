@@ -21,6 +21,7 @@ from raychat.training import checkpoint
 from raychat.training.device import Resolved, device_type, resolve
 from raychat.training.events import Line, Note, Sink
 from raychat.training.fence import Fence
+from raychat.training.heap import give_back_freed_memory
 from raychat.training.initial import put_initial
 from raychat.training.job import BatchPlan, BatchSource, Job
 from raychat.training.loop import Trainer
@@ -177,6 +178,8 @@ def gpt_config(config: Config) -> GPTConfig:
 
 def build_model(config: Config, resolved: Resolved, device: torch.device) -> GPT:
     """The seeded initial model on `device`, without a copy in host memory on the way."""
+    if config.precision.grad_checkpoint and device.type == "cpu":
+        give_back_freed_memory()
     with torch.device("meta"):
         model = GPT(gpt_config(config))
     model.set_compute_dtype(resolved.torch_dtype)
