@@ -1,5 +1,9 @@
 """`--grad-checkpoint`: less is kept between the passes, and not a bit of the result changes."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -97,7 +101,32 @@ def test_it_works_under_torch_compile() -> None:
     torch.testing.assert_close([loss.detach(), *(p.grad for p in model.parameters())], plain, rtol=1e-4, atol=1e-6)
 
 
-def test_the_setting_reaches_the_model() -> None:
-    config = Config.from_flat({"depth": 2, "grad_checkpoint": True, "device_type": "cpu", "vocab_size": 512})
+@pytest.mark.parametrize("on", [True, False])
+def test_the_setting_reaches_the_model_and_the_heap(on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("raychat.training.build.give_back_freed_memory", lambda: asked.append(True))
+    config = Config.from_flat({"depth": 2, "grad_checkpoint": on, "device_type": "cpu", "vocab_size": 512})
     resolved = resolve(config, local_world_size=1)
-    assert build_model(config, resolved, torch.device("cpu")).grad_checkpoint
+    assert build_model(config, resolved, torch.device("cpu")).grad_checkpoint is on
+    assert asked == [True] * on
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's heap can be asked")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    code = """
+from pathlib import Path
+from raychat.training.heap import give_back_freed_memory
+import torch
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+assert give_back_freed_memory()
+del (warm := {0: torch.ones(2**22)})[0]  # 16 MiB: freed, it would move glibc's threshold above its size
+before = resident()
+blocks = [torch.ones(2**21) for _ in range(20)]
+del blocks[:-1]  # the last one stays, at the top of a heap
+print(resident() - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(out) < 3 * 2**23  # one of twenty blocks of 8 MiB
