@@ -156,6 +156,11 @@ def test_wider_models_run_nearer_to_a_cores_peak_and_bf16_faster_than_float32():
     assert core_rate("bfloat16", depth=4).flops.mid > 1.5 * core_rate("float32", depth=4).flops.mid
 
 
+def test_a_cores_rate_holds_for_runs_that_it_was_not_taken_from():
+    assert core_rate("float32", depth=4, width=256).flops.includes(4.9e10)  # d4-cpu, docs/LOG.md
+    assert core_rate("bfloat16", depth=6, width=384).flops.includes(16.7e10)  # 2.2 s a step, docs/checkpoints.md
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"entries": [{"gpu": "h100", "depth": 12}]}'])
 def test_a_damaged_calibration_is_named(tmp_path, text):
     (tmp_path / "calibration.json").write_text(text)
