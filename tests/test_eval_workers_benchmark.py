@@ -1,7 +1,7 @@
 """tests/benchmarks/eval_workers.py: what it makes of a journal. The run itself needs minutes and two cores."""
 
 import pytest
-from benchmarks.eval_workers import BLOCKS, block_of, cycles, report
+from benchmarks.eval_workers import BLOCKS, block_of, cycles, report, typical
 
 STEPS = 5
 PACE = {"beside": 1.1, "busy": 1.05, "alone": 1.0}
@@ -38,3 +38,15 @@ def test_an_evaluation_that_does_not_fill_its_block_is_pointed_out():
     records = [r | {"time": r["time"] - 2.2} if r.get("event") == "evaluated" else r for r in journal(3)]
     assert any("--eval-tokens" in line for line in report(cycles(records, STEPS), STEPS))
     assert not any("--eval-tokens" in line for line in report(cycles(journal(3), STEPS), STEPS))
+
+
+def test_the_typical_step_is_told_apart_from_those_during_which_the_checkpoint_is_written():
+    records = journal(5)
+    records[-2] |= {"train/dt": 99.0}  # held up by something else
+    found = typical(records, STEPS)
+    assert found == {"beside, first fifth": 1.1, "beside": 1.1, "alone": 1.0, "busy": 1.05}
+    later = [
+        r | {"train/dt": 1.3} if r.get("step", 0) % (len(BLOCKS) * STEPS) == 0 and "train/dt" in r else r
+        for r in records
+    ]
+    assert typical(later, STEPS) == found | {"beside, first fifth": 1.3}
