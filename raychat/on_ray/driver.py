@@ -199,12 +199,14 @@ def _shipper(session: Session, uri: str | None, cluster: clusters.Cluster) -> ML
     config = session.config
     use_gpu = uses_gpus(config, cluster, session.starts())
     workers, _ = worker_range(config, cluster, use_gpu, session.starts())
+    parent = {"mlflow.parentRunId": config.run.mlflow_parent} if config.run.mlflow_parent else {}
     return MLflowShipper(
         session.run_dir,
         tracking_uri=uri,
         experiment=config.run.experiment,
         **session.tracking_facts(),
-        tags={
+        tags=parent
+        | {
             "raychat.git_commit": _git_commit(),
             "raychat.run_dir": str(session.run_dir),
             "raychat.world_size": workers,

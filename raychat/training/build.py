@@ -25,6 +25,7 @@ from raychat.training.heap import give_back_freed_memory
 from raychat.training.initial import put_initial
 from raychat.training.job import BatchPlan, BatchSource, Job
 from raychat.training.loop import Trainer
+from raychat.training.perturbation import perturb
 from raychat.training.state import Clock, LoopState, Signal, Surroundings
 from raychat.training.world import World
 
@@ -59,8 +60,11 @@ def train(
         state, lanes = LoopState.restore(found.meta["state"]), found.meta["lanes"]
 
     def open_batches(state: LoopState) -> Iterator[Batch]:
-        if config.run.init_from and state.step == 0:  # at the beginning, and after going back to it
-            put_initial(config, model, world)
+        if state.step == 0:  # at the beginning, and after going back to it
+            if config.run.init_from:
+                put_initial(config, model, world)
+            if config.run.perturbation:
+                perturb(model, config.run.perturbation)
         cursor, skipped = state.rows_consumed, state.skipped
         plan = BatchPlan(
             tokens_dir=job.tokens_dir,

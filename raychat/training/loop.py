@@ -103,6 +103,8 @@ class Trainer:
         save_due = False
         while True:
             last = self.state.step == self.recipe.num_iterations
+            if self.state.step == self.config.run.stop_at and not last:
+                asked = Signal.STOP
             if asked is not Signal.STOP:
                 self.state, waiting = self.evaluations.make(self.state, last)
                 asked = max(asked, waiting)
