@@ -1,1 +1,1 @@
-"""Baseline searches: what is tried, what came out, which differences are real. Ray Tune runs the trials, in `raychat.on_ray`."""
+"""Baseline searches: what is tried, what came out, which differences are real. `raychat.on_ray` has Ray Tune run the trials."""
