@@ -319,7 +319,7 @@ class DataSettings:
     """files of the corpus to use, the validation one included; -1: all (climbmix: as many as the run needs)"""
     packing: Literal["auto", "best-fit", "keep"] = "auto"
     """rows of documents: best-fit crops what does not fit (the lineage's way), keep carries it over into another row;
-    auto: best-fit unless it would lose more than a quarter of the tokens"""
+    auto: best-fit when what it delivers outlasts the run, else keep"""
     tokenizer: str = ""
     """name or folder of a trained tokenizer; default: trained on this corpus when it is not there"""
     tok_max_chars: int = 2_000_000_000
@@ -370,16 +370,12 @@ class MoneySettings:
     price_per_hour: float = -1.0
     """dollars per hour of one machine of the run; -1: not known, and cost stays null"""
     budget_usd: float = -1.0
-    """save and stop when the run has cost this much (needs price_per_hour); -1: no limit"""
+    """save and stop when the run has cost this much (needs price_per_hour, or machine); -1: no limit"""
     max_hours: float = -1.0
     """save and stop after this many hours of wall time; -1: no limit"""
 
     def __post_init__(self) -> None:
         positive_or_minus_one(self, "price_per_hour", "budget_usd", "max_hours")
-        require(
-            self.budget_usd == -1 or self.price_per_hour > 0,
-            "--budget-usd needs a price: give --price-per-hour, in dollars for one machine.",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,6 +422,11 @@ class Config:
         require(
             self.eval.eval_every == -1 or self.eval.eval_tokens >= T,
             f"--eval-tokens {self.eval.eval_tokens} is less than one sequence of {T} tokens.",
+        )
+        require(
+            self.money.budget_usd == -1 or self.money.price_per_hour > 0 or bool(self.plan.machine),
+            "--budget-usd needs a price: give --price-per-hour, in dollars for one machine, or --machine, a type of the price "
+            "table (python jobs/plan.py lists them).",
         )
 
     def flat(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from raychat.evaluation.bpb import BitsPerByte
 from raychat.model import GPT
 from raychat.optim import MuonAdamW
 from raychat.planning import recipe
+from raychat.planning.save_interval import MAX_INTERVAL_S, save_interval_s
 from raychat.tracking.journal import read_events
 from raychat.training import checkpoint, saving, scaler
 from raychat.training.__main__ import read_here
@@ -32,7 +33,7 @@ from raychat.training.device import resolve
 from raychat.training.events import Line, Metrics, Note, Saved
 from raychat.training.lease import LeaseError
 from raychat.training.loop import DivergedError, Signal, Trainer
-from raychat.training.save_clock import MAX_INTERVAL_S, SaveClock, save_interval_s
+from raychat.training.save_clock import SaveClock
 from raychat.training.saver import SaveOutcome, Saver
 from raychat.training.saving import LastSaveError
 from raychat.training.scaler import GROWTH_STEPS, LossScaler

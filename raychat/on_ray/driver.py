@@ -24,6 +24,7 @@ from raychat.on_ray.limits import RunFailedError
 from raychat.on_ray.shards import make_on_ray
 from raychat.on_ray.sizing import uses_gpus, wants_gpus, worker_range
 from raychat.on_ray.supervisor import Supervisor
+from raychat.planning.money import priced
 from raychat.storage import Store
 from raychat.tracking.mlflow_shipper import MLflowShipper
 from raychat.tracking.shipping_state import MLFLOW_STATUS
@@ -43,7 +44,7 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
     Raises:
         RaychatError: what the user gave cannot work, or the run failed for good.
     """
-    config, echo = with_absolute_paths(config), _unbreakable(echo)
+    config, echo = with_absolute_paths(priced(config)), _unbreakable(echo)
     tracking_uri = _tracking_uri(config)
     if clusters.address_of(config) == "local":  # refuse what this machine has not before anything is prepared
         device.refuse_gpu_sized(config, device.resolve(config, local_world_size=1))
@@ -67,7 +68,7 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
 def with_absolute_paths(config: Config) -> Config:
     """`config` for processes that have another current directory, home and environment than this one."""
     storage = config.run.storage_path if "://" in config.run.storage_path else str(config.runs_dir)
-    given = {"core_bundle": config.eval.core_bundle, "init_from": config.run.init_from}
+    given = {"core_bundle": config.eval.core_bundle, "init_from": config.run.init_from, "prices": config.plan.prices}
     paths = {name: str(Path(at).expanduser().absolute()) for name, at in given.items() if at and "://" not in at}
     return Config.from_flat(paths | {"base_dir": str(config.base_dir), "storage_path": storage}, base=config)
 

@@ -6,9 +6,9 @@ from raychat.checks import require
 from raychat.config import Config
 from raychat.planning.efficiency import CALIBRATION, core_rate, mfu_range
 from raychat.planning.ranges import Range
+from raychat.planning.save_interval import LEAST_STALL_S, save_interval_s
 from raychat.planning.scaling import ModelShape, Recipe, param_counts
 from raychat.planning.target import Target, plan_compiled, plan_dtype
-from raychat.training.save_clock import LEAST_STALL_S, save_interval_s
 
 ZERO = Range.exactly(0.0)
 # Several devices where the MFU is of one: assumed, all-reduce and reduce-scatter within a machine and between machines.
