@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 MIN_SIZES = 3
 """of models per budget: a parabola has three coefficients"""
@@ -126,7 +127,9 @@ def resampled_optima(groups: Sequence[Sequence[IsoFlops]], draws: int, rng: np.r
     pool = np.concatenate([_residuals(frame) for frame in frames])
     if pool.size < MIN_SIZES or not pool.any():
         return None
-    pool = pool - pool.mean()
+    freedom = sum(len(points) - MIN_SIZES for points in groups)
+    # few residuals know their own size badly: as wide as Student's t instead of a normal
+    pool = (pool - pool.mean()) * stats.t.isf(0.025, freedom) / stats.norm.isf(0.025)
     found = []
     for points, frame in zip(groups, frames, strict=True):
         fitted = frame.design @ (frame.solve @ frame.y)
