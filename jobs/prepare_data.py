@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat import cli
-from raychat.planning import format_plan, make_plan
+from raychat.planning import format_plan, make_plan, recipe
 from raychat.progress import Progress
 
 VERIFY = "--verify"
@@ -24,10 +24,10 @@ def main(args: list[str]) -> int:
     """Parse, and print the plan or prepare."""
     flags = [arg for arg in args if arg != VERIFY]  # no setting of a run, so no field of Config
     config = cli.parse(flags, prog="python jobs/prepare_data.py", description=__doc__ or "")
-    plan = make_plan(config)
     if config.run.dry_run:
-        print(format_plan(plan))
+        print(format_plan(make_plan(config)))
         return 0
+    recipe(config)  # refuses what cannot be before anything is read
     from raychat.data.prepare import prepare  # after the checks: ray and torch take seconds to load
     from raychat.data.shards import verify_shard
     from raychat.on_ray.driver import LazyCluster

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat import cli
-from raychat.planning import format_plan, make_plan
+from raychat.planning import format_plan, make_plan, recipe
 
 SAMPLE_BYTES = 10_000_000
 
@@ -22,10 +22,10 @@ SAMPLE_BYTES = 10_000_000
 def main(args: list[str]) -> int:
     """Parse, and print the plan or train the tokenizer."""
     config = cli.parse(args, prog="python jobs/train_tokenizer.py", description=__doc__ or "")
-    plan = make_plan(config)
     if config.run.dry_run:
-        print(format_plan(plan))
+        print(format_plan(make_plan(config)))
         return 0
+    recipe(config)  # refuses what cannot be before anything is read
     from raychat.data.corpus import iter_documents  # after the checks: ray and torch take seconds to load
     from raychat.data.prepare import check_writable, ensure_tokenizer, open_corpus
     from raychat.data.tokenizer import Tokenizer

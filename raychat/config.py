@@ -381,9 +381,9 @@ class MoneySettings:
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
     gpu: str = ""
-    """GPU to plan for, as a100-40gb, h100, rtx-4070 or cpu; default: that of --machine, else what this machine has"""
+    """GPU to plan for, as a100-40gb, h100, rtx-4070 or cpu; default: that of the machine type, else what is here"""
     machine: str = ""
-    """machine type of the price table to plan for, as p4d.24xlarge: it decides GPUs and price"""
+    """machine type of the price table that the run is for, as p4d.24xlarge: it decides GPUs and price"""
     prices: str = ""
     """TOML file with prices of your own, over those that ship with raychat"""
     mfu: float = -1.0

@@ -10,7 +10,8 @@ from raychat.planning import recipe
 from raychat.training.changes import check_changes, kind_of
 
 NEVER = (
-    "depth aspect_ratio head_dim num_kv_heads max_seq_len window_pattern short_window_ratio vocab_size seed init_from"
+    "depth aspect_ratio head_dim num_kv_heads max_seq_len window_pattern short_window_ratio vocab_size seed init_from "
+    "perturbation"
 )
 PERMISSION = (
     "dtype fp8 fp8_recipe embedding_lr unembedding_lr matrix_lr scalar_lr weight_decay adam_beta1 adam_beta2 "
@@ -22,7 +23,8 @@ FREE = (
     "experiment upload_checkpoint dry_run device_type loss compile device_batch_size eval_every eval_tokens "
     "core_metric_every core_metric_max_per_task sample_every save_every keep_checkpoints address num_workers min_workers "
     "core_bundle eval_workers "
-    "max_failures max_preemptions max_wait on_event save_mode on_bad_step price_per_hour budget_usd max_hours"
+    "max_failures max_preemptions max_wait on_event save_mode on_bad_step price_per_hour budget_usd max_hours "
+    "dry_run_steps stop_at mlflow_parent grad_checkpoint gpu machine prices mfu preemptions_per_hour"
 )
 # What these say is compared by the fingerprint of the data that come out of them.
 DATA = "corpus val_corpus text_column num_data_shards packing tokenizer tok_max_chars tok_doc_cap"

@@ -19,6 +19,9 @@ FLAGS = {
     "storage_path": "",
     "seed": 42,
     "init_from": "",
+    "perturbation": 0,
+    "stop_at": -1,
+    "mlflow_parent": "",
     "log_every": 1,
     "resume_from_step": -1,
     "fresh": False,
@@ -28,6 +31,7 @@ FLAGS = {
     "experiment": "raychat",
     "upload_checkpoint": False,
     "dry_run": False,
+    "dry_run_steps": -1,
     "depth": 20,
     "aspect_ratio": 64,
     "head_dim": 128,
@@ -42,6 +46,7 @@ FLAGS = {
     "fp8_recipe": "tensorwise",
     "loss": "auto",
     "compile": "auto",
+    "grad_checkpoint": False,
     "num_iterations": -1,
     "target_flops": -1.0,
     "target_param_data_ratio": 12.0,
@@ -92,6 +97,11 @@ FLAGS = {
     "price_per_hour": -1.0,
     "budget_usd": -1.0,
     "max_hours": -1.0,
+    "gpu": "",
+    "machine": "",
+    "prices": "",
+    "mfu": -1.0,
+    "preemptions_per_hour": 0.0,
 }
 # Defaults that the lineage fixed; the design page on the model, section 7.
 LINEAGE = {
@@ -135,7 +145,8 @@ LINEAGE_NAMES = (
 MINUS_ONE = (
     "resume_from_step num_kv_heads num_iterations target_flops target_param_data_ratio total_batch_size adam_beta1 "
     "adam_beta2 warmup_steps warmup_ratio muon_momentum_final eval_every core_metric_every core_metric_max_per_task "
-    "sample_every save_every num_data_shards min_workers price_per_hour budget_usd max_hours max_preemptions max_wait"
+    "sample_every save_every num_data_shards min_workers price_per_hour budget_usd max_hours max_preemptions max_wait "
+    "stop_at dry_run_steps mfu"
 )
 
 

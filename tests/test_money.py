@@ -61,6 +61,11 @@ def test_nothing_said_is_this_machine(monkeypatch):
     assert target(device_type="cpu").gpu == target(gpu="cpu").gpu == "cpu"
 
 
+def test_machine_and_device_stand_over_the_gpu_that_a_preset_names():
+    assert target(machine="p4d.24xlarge", gpu="h100").gpu == "a100-40gb"
+    assert target(gpu="h100", device_type="cpu").gpu == "cpu"
+
+
 def test_a_gpu_of_this_machine_that_no_table_knows_keeps_its_name(monkeypatch):
     monkeypatch.setattr(targets, "local_gpu", lambda: ("Abacus 3000", 2))
     here = target()
@@ -70,9 +75,7 @@ def test_a_gpu_of_this_machine_that_no_table_knows_keeps_its_name(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"machine": "p4d.24xlarge", "gpu": "h100"}, "contradict each other"),
         ({"machine": "p4d.24xlarge", "device_type": "cpu"}, "contradict each other"),
-        ({"gpu": "h100", "device_type": "cpu"}, "contradict each other"),
         ({"gpu": "cpu", "device_type": "cuda"}, "contradict each other"),
         ({"gpu": "h1000"}, "did you mean h100"),
         ({"machine": "p4d"}, "did you mean p4d.24xlarge"),

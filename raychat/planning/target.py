@@ -37,7 +37,9 @@ class Target:
 
 
 def resolve_target(config: Config) -> Target:
-    """The target of `config`: `--machine`, else `--gpu`, else `--device-type cpu`, else what this machine has.
+    """The target of `config`: `--machine`, else `--device-type cpu`, else `--gpu`, else what this machine has.
+
+    A preset names the GPU that it was made for, so `--machine` and `--device-type cpu` stand over `--gpu`.
 
     Raises:
         ConfigError: for a machine or GPU that no table knows, and for flags that contradict each other.
@@ -45,10 +47,8 @@ def resolve_target(config: Config) -> Target:
     plan, asked = config.plan, config.precision.device_type
     if plan.machine:
         return _of_machine(config)
-    if plan.gpu and plan.gpu.strip().lower() != "cpu":
-        gpu = find_gpu(plan.gpu)
-        _refuse_cpu(config, f"--gpu {plan.gpu}")
-        return _gpus(gpu, _workers(config, 1), a_machine=GPUS_A_MACHINE)
+    if plan.gpu and plan.gpu.strip().lower() != "cpu" and asked != "cpu":
+        return _gpus(find_gpu(plan.gpu), _workers(config, 1), a_machine=GPUS_A_MACHINE)
     require(
         not plan.gpu or asked in ("", "cpu"),
         f"--gpu cpu and --device-type {asked} contradict each other: leave one of them out.",
@@ -111,20 +111,16 @@ def local_memory() -> int | None:
 def _of_machine(config: Config) -> Target:
     plan = config.plan
     machine = find_machine(plan.machine, load_prices(plan.prices))
-    if plan.gpu:
-        gpu = "cpu" if plan.gpu.strip().lower() == "cpu" else find_gpu(plan.gpu)
-        require(
-            gpu == machine.gpu,
-            f"--gpu {plan.gpu} and --machine {plan.machine} contradict each other, because that machine has "
-            f"{machine.devices}: leave --gpu out.",
-        )
     if machine.gpu == "cpu":
         require(
             config.precision.device_type in ("", "cpu"),
             f"--device-type {config.precision.device_type}: --machine {plan.machine} has no GPU.",
         )
         return _cpus(_workers(config, 1), machine, machine.cores, None)
-    _refuse_cpu(config, f"--machine {plan.machine}")
+    require(
+        config.precision.device_type != "cpu",
+        f"--machine {plan.machine} and --device-type cpu contradict each other: leave one of them out.",
+    )
     return _gpus(machine.gpu, _workers(config, machine.gpus), a_machine=machine.gpus, machine=machine)
 
 
@@ -158,13 +154,6 @@ def _cpus(workers: int, machine: Machine | None, cores: int, memory: int | None)
 def _workers(config: Config, default: int) -> int:
     asked = config.cluster.num_workers
     return default if asked == "auto" else asked
-
-
-def _refuse_cpu(config: Config, flag: str) -> None:
-    require(
-        config.precision.device_type != "cpu",
-        f"{flag} and --device-type cpu contradict each other: leave one of them out.",
-    )
 
 
 def _has_bf16() -> bool:
