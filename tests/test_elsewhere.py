@@ -206,6 +206,26 @@ def test_a_run_that_goes_on_without_evaluation_workers_lets_the_rest_go(config):
     assert len(kept(config())) <= 2
 
 
+def test_a_bundle_that_comes_later_is_evaluated_once_by_others_too(config):
+    """And what is known of the checkpoint already stays: it may be the best one."""
+    first, _, _ = train_for_others(config(eval_workers=1, core_bundle=""))
+    evaluate_rest(first)
+    first.close("finished")
+    settled = checkpoint.evaluated(config().run_dir / "checkpoints")
+    without = open_session(config(eval_workers=1, core_bundle=""), eval_workers=True)
+    assert without.done
+    without.abort()
+    second, finished, _ = train_for_others(config(eval_workers=1))
+    assert finished
+    assert {step: owed.kinds for step, owed in second.elsewhere.pending.items()} == {6: ("core",)}
+    evaluate_rest(second)
+    assert second.close("finished").core_metric is not None
+    assert checkpoint.evaluated(config().run_dir / "checkpoints") == settled
+    third = open_session(config(eval_workers=1), eval_workers=True)
+    assert third.done
+    third.abort()
+
+
 @pytest.mark.parametrize("branched", [False, True])
 def test_a_replayed_step_is_evaluated_again_only_in_another_branch(config, branched):
     session, _, _ = train_for_others(config(eval_workers=1), after(3, Signal.STOP))

@@ -14,11 +14,13 @@ from typing import Any
 from raychat.config import Config
 from raychat.data.prepare import TokenData
 from raychat.errors import CheckpointError
+from raychat.planning import recipe
 from raychat.storage import Store
 from raychat.tracking.journal import Journal
 from raychat.training import checkpoint
 from raychat.training.evaluate_checkpoint import Assignment, Findings
 from raychat.training.evaluating import BPB, CORE
+from raychat.training.examiner import CoreTasks
 from raychat.training.reporting import bpb_line, core_line, sample_line
 
 
@@ -43,7 +45,9 @@ class Elsewhere:
         self.pending: dict[int, Owed] = {}
         for step in reversed(checkpoint.steps(root)):
             with suppress(CheckpointError, KeyError, TypeError, AttributeError):  # a damaged one
-                self._owe(step, checkpoint.read_meta(root.child(checkpoint.folder_name(step)))["state"])
+                state = checkpoint.read_meta(root.child(checkpoint.folder_name(step)))["state"]
+                self._owe(step, state)
+                self._owe_late(step, state)
 
     def saved(self, step: int, state: Mapping[str, Any]) -> None:
         """A checkpoint of `step` is whole; one that is made again in a replay is not evaluated again."""
@@ -116,13 +120,26 @@ class Elsewhere:
     def _settle(self, step: int, bpb: float | None = None) -> None:
         """Nothing is owed of the checkpoint of `step` any more; it may be deleted unless its `bpb` is the best."""
         self.pending.pop(step, None)
-        self._settled[step] = bpb
+        self._settled[step] = self._settled.get(step) if bpb is None else bpb
         self._write()
 
     def _owe(self, step: int, state: Mapping[str, Any]) -> None:
         self._keep_lowest(state.get("min_val_bpb"))
         if state.get("owed") and step not in self._settled:
             self.pending[step] = Owed(step, tuple(state["owed"]))
+
+    def _owe_late(self, step: int, state: Mapping[str, Any]) -> None:
+        """Of the last checkpoint, what is wanted only since it was made: a CORE bundle that came later, for example."""
+        settings = self._config.eval
+        owed = state.get("owed")
+        if not (settings.eval_workers and owed) or step < recipe(self._config).num_iterations:
+            return
+        metrics = {BPB: "val/bpb", CORE: "core_metric"}
+        wanted = {BPB: settings.eval_every > 0, CORE: CoreTasks.of(self._config) is not None}
+        late = [kind for kind in metrics if wanted[kind] and kind not in owed]
+        if late := [kind for kind in late if self._journal.last_step(metrics[kind]) != step]:
+            before = self.pending[step].kinds if step in self.pending else ()
+            self.pending[step] = Owed(step, (*before, *late))
 
     def _keep_lowest(self, bpb: float | None) -> None:
         self._lowest = min((value for value in (self._lowest, bpb) if value is not None), default=None)
