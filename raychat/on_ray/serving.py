@@ -42,6 +42,7 @@ QUEUED_PER_ROW = 4  # rows that may wait for each one that is generated for
 LOOK_EVERY_S = 5.0
 SLOW_AFTER_S = 10.0  # a start that has not said anything yet
 TICK_S = 0.2
+HEALTH_EVERY_S = 2.0  # how soon a replica that died is noticed and replaced; Ray Serve's own choice is 10
 STOP_WITHIN_S = 5.0  # requests that run when the server is stopped
 
 
@@ -243,6 +244,7 @@ def _start(part: Part, settings: Settings) -> None:
         ray_actor_options={"num_cpus": 1, "num_gpus": int(part.device_type == "cuda")},
         # The replica says itself when it is full (429): what Serve held back would wait without an answer.
         max_ongoing_requests=2 * (1 + QUEUED_PER_ROW) * part.max_batch + 100,
+        health_check_period_s=HEALTH_EVERY_S,
         graceful_shutdown_timeout_s=STOP_WITHIN_S,
         graceful_shutdown_wait_loop_s=0.1,  # it waits that long also when no request runs
         max_constructor_retry_count=1,

@@ -247,6 +247,44 @@ def test_a_start_says_what_it_waits_for_and_why_it_fails(cluster, source, monkey
     assert set(lines[turn:]) == {loading}
 
 
+def replicas_at_work():
+    """Names and processes of the replicas that are there."""
+    found = serving.actors(actor_state_name="ALIVE").values()
+    return {one["Name"]: one["Pid"] for one in found if one["Name"].startswith(serving.REPLICA_NAMES)}
+
+
+def test_two_replicas_share_the_requests_and_one_that_dies_is_replaced(cluster, source):
+    """What a replica has generated tells it from the other: no two parts of these requests are as long."""
+    port = free_port()
+
+    def complete(tokens):
+        body = {"model": "tiny", "prompt": "ka", "max_tokens": tokens, "temperature": 0}
+        status, answer, _ = ask(port, "/v1/completions", body)
+        return answer["usage"]["completion_tokens"] if status == 200 else 0
+
+    def generated():
+        """Tokens of each of the replicas that answer, asked until two do."""
+        found = set()
+        until(lambda: len(found.update([ask(port, "/health")[1]["tokens"]]) or found) == 2)
+        return found
+
+    with serving.served(source, serving.Settings(port=port, num_replicas=2), cluster, echo=lambda line: None):
+        first = replicas_at_work()
+        assert len(first) == 2
+        wishes = [2**i for i in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(complete, wishes)) == wishes
+        assert sum(generated()) == sum(wishes)
+        assert 0 not in generated()
+        died, pid = first.popitem()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: died not in replicas_at_work())
+        assert [complete(3) for _ in range(5)] == [3] * 5
+        until(lambda: len(replicas_at_work()) == 2)
+        assert replicas_at_work().items() > first.items()
+        assert 0 in generated()
+
+
 def test_the_line_to_paste_holds_any_name(source):
     """A folder may be named with what a shell takes for its own."""
     line = serving.curl_line(replace(source, name="it's $HOME"), serving.Settings(), "")
