@@ -26,9 +26,10 @@ def main(args: list[str]) -> int:
         print(format_plan(plan))
         print(keep_plan(plan, config.run_dir))
         return 0
-    from raychat.on_ray import driver  # after the checks: ray and torch take seconds to load
+    from raychat.on_ray import driver, rehearsing  # after the checks: ray and torch take seconds to load
 
-    driver.run(config, echo=lambda text: print(text, flush=True))
+    job = rehearsing.rehearse if config.run.dry_run_steps > 0 else driver.run
+    job(config, echo=lambda text: print(text, flush=True))
     return 0
 
 

@@ -16,6 +16,7 @@ from raychat.errors import ConfigError, RaychatError
 
 # What the machine refuses and the user can mend: a full or read-only disk, a quota, a permission.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+DRY_RUN_STEPS = 20  # of a --dry-run-steps without a number
 WARMUPS = {"warmup_steps", "warmup_ratio"}
 PRESETS = Path(__file__).parent / "presets"
 
@@ -28,6 +29,7 @@ def parse(args: Sequence[str], *, prog: str, description: str) -> Config:
     """
     import tyro  # not at import: a Ray worker needs Config and not the parser
 
+    args = _with_dry_run_steps(args)
     names = _flag_values(args, "--preset")
     _refuse_both_warmups(args)
     base = load_presets(names[-1]) if names else Config()
@@ -114,6 +116,16 @@ def _flag_values(args: Sequence[str], flag: str) -> list[str]:
                 value = args[index + 1]
             found.append(value)
     return found
+
+
+def _with_dry_run_steps(args: Sequence[str]) -> list[str]:
+    """`args` with the number of steps behind a `--dry-run-steps` that stands alone."""
+    given = []
+    for arg, following in zip(args, [*args[1:], "--"], strict=False):
+        given.append(arg)
+        if arg.replace("_", "-") == "--dry-run-steps" and following.startswith("--"):
+            given.append(str(DRY_RUN_STEPS))
+    return given
 
 
 def _other_warmup_cleared(given: AbstractSet[str]) -> dict[str, Any]:

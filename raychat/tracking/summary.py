@@ -1,10 +1,10 @@
-"""`summary.json`: how a run ended, in one flat object. Values that do not apply are null, never invented."""
+"""`summary.json`: how a run ended, flat but for its forecast. Values that do not apply are null, never invented."""
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from raychat.atomic import write_json
 from raychat.errors import DataError
@@ -83,6 +83,8 @@ class Summary:
     """why the run failed"""
     retry_helps: bool | None = None
     """of a run that failed: whether the same command may yet succeed; false when it would fail alike"""
+    forecast: dict[str, Any] | None = None
+    """what was expected when the run began, and what it came to: raychat.planning.hindsight.record"""
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):

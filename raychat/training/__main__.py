@@ -20,7 +20,7 @@ from raychat import cli
 from raychat.config import Config
 from raychat.data.batches import Batch, local_batches
 from raychat.data.order import Order
-from raychat.data.prepare import make_in_process, prepare
+from raychat.data.prepare import TokenData, make_in_process, prepare
 from raychat.data.shards import RowReader, read_manifest
 from raychat.errors import DataError, RaychatError
 from raychat.planning import format_plan, make_plan
@@ -30,6 +30,7 @@ from raychat.training import device
 from raychat.training.build import train
 from raychat.training.events import Event
 from raychat.training.job import BatchPlan
+from raychat.training.rehearsal import Rehearsal, steps_only
 from raychat.training.session import Session
 from raychat.training.state import Signal
 from raychat.training.world import World
@@ -46,13 +47,15 @@ def main(args: list[str]) -> int:
         return 0
     world = World.from_environment()
     kind = device.device_type(config.precision.device_type)
+    rehearsing = config.run.dry_run_steps > 0
     # Refuse before anything is prepared.
-    device.refuse_gpu_sized(config, device.resolve(config, local_world_size=world.local_world_size))
+    asked = steps_only(config) if rehearsing else config
+    device.refuse_gpu_sized(asked, device.resolve(config, local_world_size=world.local_world_size))
     if world.world_size > 1:
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(f"cpu:gloo,cuda:{backend}" if kind == "cuda" else backend, timeout=PREPARE_TIMEOUT)
     try:
-        return _run(config, world, with_gpus=kind == "cuda")
+        return (_rehearse if rehearsing else _run)(config, world, with_gpus=kind == "cuda")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -74,12 +77,30 @@ def read_here(plan: BatchPlan) -> Iterator[Batch]:
     )
 
 
-def _run(config: Config, world: World, *, with_gpus: bool) -> int:
-    session, problem, job = None, None, None
+def _rehearse(config: Config, world: World, *, with_gpus: bool) -> int:
+    """A short run beside the run, and the plan with what it measured: rank 0's to stage and to read."""
+    if world.rank != 0:
+        return _run(config, world, with_gpus=with_gpus)
+    with Rehearsal(config, on_ray=False, echo=_echo) as trial:
+        _run(config, world, with_gpus=with_gpus, stage=trial.stage, echo=trial.tell)
+        trial.conclude()
+    return 0
+
+
+def _run(
+    config: Config,
+    world: World,
+    *,
+    with_gpus: bool,
+    stage: Callable[[TokenData], Config] | None = None,
+    echo: Callable[[str], None] | None = None,
+) -> int:
+    """Prepare the data of `config` and train it, or what `stage` makes of it then."""
+    session, problem, job, echo = None, None, None, echo or _echo
     if world.rank == 0:
         try:
-            data = prepare(config, with_gpus=with_gpus, maker=make_in_process, echo=_echo)
-            session = Session(config, data, echo=_echo)
+            data = prepare(config, with_gpus=with_gpus, maker=make_in_process, echo=echo)
+            session = Session(stage(data) if stage else config, data, echo=echo)
             nodes = -(-world.world_size // world.local_world_size)
             job = None if session.done else session.begin_attempt(world_size=world.world_size, nodes=nodes)
             if job:
@@ -92,7 +113,7 @@ def _run(config: Config, world: World, *, with_gpus: bool) -> int:
     if job is None:
         if session:
             session.abort()
-            _echo(session.done_line())
+            echo(session.done_line())
         return 0
     status: Literal["finished", "failed", "stopped"] = "failed"
     wrong = None
@@ -110,7 +131,7 @@ def _run(config: Config, world: World, *, with_gpus: bool) -> int:
                 status, error=wrong, finish_tracking=lambda summary: _leave_end_for_mlflow(session, summary.status)
             )
             for line in session.closing_lines(summary):
-                _echo(line)
+                echo(line)
     return 0
 
 

@@ -1,12 +1,13 @@
 """What a run came to: its summary from the journal and the last state, and the lines that say so."""
 
+import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raychat.config import Config
-from raychat.planning import Recipe
+from raychat.planning import Recipe, hindsight
 from raychat.progress import format_duration
 from raychat.tracking.journal import is_metrics
 from raychat.tracking.ledger import Ledger
@@ -30,11 +31,13 @@ def summarize(
     mlflow_run_id: str | None,
     error: str | None,
     retry_helps: bool,
+    forecast: Callable[[Summary], dict[str, Any] | None] = lambda summary: None,
 ) -> Summary:
     """The summary of a run.
 
     `state` is the loop's at its last save, empty when there was none; `records` are the metric records of the journal's
-    branch, `events` all its events. `error` and `retry_helps` are about a run that failed.
+    branch, `events` all its events. `error` and `retry_helps` are about a run that failed. `forecast` holds the rest against
+    what was expected.
     """
     tokens = _tokens(state, config.model.max_seq_len, recipe.total_batch_size)
     starts = _of_kind(events, "start")
@@ -43,7 +46,7 @@ def summarize(
         values = [record[key] for record in records if record.get(key) is not None]
         return statistics.median(values[UNTIMED_STEPS:] or values) if values else None
 
-    return Summary(
+    summary = Summary(
         status=status,
         step=state.get("step"),
         num_iterations=recipe.num_iterations,
@@ -71,7 +74,9 @@ def summarize(
         skipped_batches=len({event["cursor"] for event in _of_kind(events, "rollback", "bad_step")}),
         error=error if status == "failed" else None,
         retry_helps=retry_helps if status == "failed" else None,
+        forecast=None,
     )
+    return dataclasses.replace(summary, forecast=forecast(summary))
 
 
 def evaluated(state: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -97,10 +102,20 @@ def points_of(records: Iterable[Mapping[str, Any]], metric: str) -> list[tuple[i
     return sorted(points, key=lambda point: point[0])
 
 
-def ledger_metrics(ledger: Ledger) -> dict[str, float]:
-    """The ledger as metrics."""
+def last_metrics(ledger: Ledger, summary: Summary) -> dict[str, float]:
+    """The ledger and the forecast as metrics."""
     known = {"goodput": ledger.goodput, "cost_usd": ledger.cost_usd, "node_s": ledger.node_s, **ledger.accounts()}
-    return {PREFIX + name: value for name, value in known.items() if value is not None}
+    found = {PREFIX + name: value for name, value in known.items() if value is not None}
+    return found | hindsight.metrics(summary.forecast or {})
+
+
+def done_line(run_dir: Path, step: int, bpb: float | None) -> str:
+    """What to tell a user whose run has nothing left to do."""
+    return (
+        f"done: {run_dir} reached its horizon of {step:,} steps before"
+        + (f" (val bpb {bpb:.4f})" if bpb is not None else "")
+        + ". --fresh starts over; a longer horizon with --allow-config-change goes on."
+    )
 
 
 def closing_lines(summary: Summary, run_dir: Path, records: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -120,6 +135,7 @@ def closing_lines(summary: Summary, run_dir: Path, records: Iterable[Mapping[str
     lines = [
         f"{summary.status}: {', '.join(facts)}",
         f"  {Ledger(**accounts, cost_usd=summary.cost_usd).line()}",
+        *hindsight.table(summary.forecast or {}),
         f"  summary    {run_dir / 'summary.json'}",
     ]
     if (curve := run_dir / "loss_curve.png").exists():

@@ -15,7 +15,7 @@ from raychat.atomic import write_json
 from raychat.checks import require
 from raychat.config import Config
 from raychat.data.prepare import TokenData, check_writable
-from raychat.planning import make_plan, model_shape, param_counts, recipe
+from raychat.planning import model_shape, param_counts, recipe
 from raychat.storage import Store
 from raychat.tracking.figures import loss_curve
 from raychat.tracking.journal import Journal, read_journal
@@ -26,6 +26,7 @@ from raychat.training.elsewhere import Elsewhere
 from raychat.training.events import Ended, Event, Failed, Line, Metrics, Note, Saved
 from raychat.training.examiner import CoreTasks, check_core
 from raychat.training.facts import RunFacts
+from raychat.training.forecasting import Forecast
 from raychat.training.fresh import set_aside
 from raychat.training.hooks import hook_variables, run_hook
 from raychat.training.job import Job
@@ -80,6 +81,7 @@ class Session:
             self.start = find_start(config, self.checkpoints, echo=self.echo)
             self.changed = check_start(config, data, self.start, echo=self.echo)
             self.journal = Journal(self.run_dir / "metrics.jsonl", driver=self.lease.holder, reader=self._take_in)
+            self.forecast = Forecast(config, data, self.run_dir, on_ray=eval_workers, echo=self.echo)
             self.core = CoreTasks.of(config)
             self.elsewhere = Elsewhere(config, data, self.checkpoints, self.journal, echo=self.echo)
             if not self.done:
@@ -116,12 +118,7 @@ class Session:
 
     def done_line(self) -> str:
         """What to tell a user whose run has nothing left to do."""
-        step, bpb = (self.start.step, self.state.get("val_bpb")) if self.start else (0, None)
-        return (
-            f"done: {self.run_dir} reached its horizon of {step:,} steps before"
-            + (f" (val bpb {bpb:.4f})" if bpb is not None else "")
-            + ". --fresh starts over; a longer horizon with --allow-config-change goes on."
-        )
+        return outcome.done_line(self.run_dir, self.start.step if self.start else 0, self.state.get("val_bpb"))
 
     def starts(self) -> list[Mapping[str, Any]]:
         """The events that began the run's attempts so far, those of earlier drivers too."""
@@ -163,6 +160,7 @@ class Session:
         begun = {"attempt": attempt, "resume_step": step, "replayed": replayed, "nodes": nodes}
         self.journal.event("start", **begun, productive_s=self.state.get("step_time_s", 0.0), **facts)
         self._write_config()
+        self.forecast.begin(world_size=facts.get("world_size", 1), nodes=nodes)
         before = self.ledger()
         return Job(
             config=self.config.flat(),
@@ -237,6 +235,7 @@ class Session:
             case "resolved":
                 self._resolved = fields
                 self._write_config()
+                self.forecast.found(fields)
             case "rollback":
                 self.journal.event("rollback", **fields)
                 self.journal.event("branch", from_step=fields["from_step"])
@@ -287,10 +286,9 @@ class Session:
                 with self._warned("the end of the journal"):
                     self.journal.close()
                 return self._summary(status, mlflow_run_id, error)
-            self._journal_end(status, error)
+            summary = self._journal_end(status, mlflow_run_id, error)
             with self._warned("the loss curve"):
                 self._draw(status)
-            summary = self._summary(status, mlflow_run_id, error)
             with self._warned("the summary"):
                 summary.write(self.run_dir / "summary.json")
             with self._warned("the end of tracking"):
@@ -329,14 +327,17 @@ class Session:
             self.mirror.close(PUSH_S)
         self.lease.release()
 
-    def _journal_end(self, status: Status, error: str | None) -> None:
-        """The last event, and the ledger as metrics, by which MLflow learns of it."""
+    def _journal_end(self, status: Status, mlflow_run_id: str | None, error: str | None) -> Summary:
+        """The last event, and ledger and forecast as metrics, by which MLflow learns of them; the summary, not yet written."""
         survived = self.state.get("step_time_s", 0.0)
         why = {"error": self._why(error), "retry_helps": self._may_pass} if status == "failed" else {}
         self.journal.event("end", status=status, productive_s=survived, step_time_s=self._step_time_s, **why)
-        self.journal.log(max(0, self.journal.high_water), outcome.ledger_metrics(self._book.closed(self._price)))
+        summary = self._summary(status, mlflow_run_id, error)
+        last = outcome.last_metrics(self._book.closed(self._price), summary)
+        self.journal.log(max(0, self.journal.high_water), last)
         with self._warned("the end of the journal"):
             self.journal.close()
+        return summary
 
     @property
     def _may_pass(self) -> bool:
@@ -382,6 +383,7 @@ class Session:
             mlflow_run_id=mlflow_run_id,
             error=self._why(error),
             retry_helps=self._may_pass,
+            forecast=lambda summary: self.forecast.compare(summary, self._events),
         )
 
     def _run_hook(self, summary: Summary) -> None:
@@ -395,4 +397,3 @@ class Session:
     def _write_config(self) -> None:
         with self._warned("the configuration"):
             write_json(self.run_dir / "config.json", self._facts.for_file(self._resolved))
-            write_json(self.run_dir / "plan.json", make_plan(self.config))
