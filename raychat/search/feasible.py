@@ -26,7 +26,7 @@ def foreseen(
         config = spec.config(trial)
         reason = infeasible(config, target or resolve_target(config), limits=limits_of(spec, trial))
     except ConfigError as error:
-        reason = str(error)
+        return Outcome(status="infeasible", reason=str(error))
     if reason:
         return Outcome(status="infeasible", reason=reason)
     rehearsal = None if trial.role == "rehearsal" else _rehearsed(spec, trial, runs)
@@ -93,5 +93,5 @@ def _too_slow(spec: SearchSpec, trial: Trial, config: Config, rehearsal: Outcome
     return Outcome(
         status="too slow",
         step_s=rehearsal.step_s,
-        reason=f"its steps alone take {hours:.2f} h at {rehearsal.step_s:.3g} s each, as rehearsed, over the limit of {limit:g} h",
+        reason=f"its steps alone take {hours:.2f} h at {rehearsal.step_s:.3g} s each, as rehearsed, over {limit:g} h",
     )

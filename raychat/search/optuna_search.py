@@ -58,7 +58,7 @@ def _plot(spec: SearchSpec, roll: Roll, study: Any, distributions: dict[str, Any
         while len(new) < min(GENERATION, spec.trials + 1 - len(known)) and asks > 0:
             asks -= 1
             point = study.ask(distributions)
-            arm = spec.arm(point.params)
+            arm = spec.arm({name: _rounded(value) for name, value in point.params.items()})
             asked.append((point, arm))
             if arm.name not in known:
                 new[arm.name] = arm
@@ -80,6 +80,11 @@ def _tell(spec: SearchSpec, roll: Roll, study: Any, point: Any, trial: Trial) ->
         study.tell(point, state=type(point.study.trials[point.number].state).PRUNED)
     else:
         study.tell(point, score)
+
+
+def _rounded(value: Any) -> Any:
+    """To six digits, which a person can still read in a title."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _distribution(optuna: Any, values: Parameter) -> Any:

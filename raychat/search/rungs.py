@@ -67,8 +67,16 @@ def _add_rung(
     for trial in promoted:
         if trial.arm in there:
             continue
-        fields = {"fork_of": trial.tag, "fork_step": spec.config(trial).run.stop_at} if spec.scheduler == "asha" else {}
-        new.append(draft(_arm(trial), trial.seed, share, **fields))
+        goes_on = spec.scheduler == "asha"
+        new.append(
+            draft(
+                _arm(trial),
+                trial.seed,
+                share,
+                fork_of=trial.tag if goes_on else "",
+                fork_step=spec.config(trial).run.stop_at if goes_on else -1,
+            )
+        )
     added = roll.add(new)
     return [*(there[trial.arm] for trial in promoted if trial.arm in there), *added]
 

@@ -138,7 +138,9 @@ def _range(name: str, given: Mapping[str, Any], integer: bool) -> Range:
         raise ConfigError(
             f"space.{name} has no {unknown[0]!r}{did_you_mean(unknown[0], _RANGE_KEYS)} A range is low, high, log, num."
         )
-    low, high, log, num = given.get("low"), given.get("high"), given.get("log", False), given.get("num", -1)
+    low: Any = given.get("low")
+    high: Any = given.get("high")
+    log, num = given.get("log", False), given.get("num", -1)
     require(
         _number(low) and _number(high) and low < high,
         f"space.{name} needs numbers low < high, got low = {low!r} and high = {high!r}.",

@@ -103,19 +103,17 @@ def _typed(field: "dataclasses.Field[Any]", value: Any) -> Any:
     if name == "concurrency":
         require(value == "auto" or _is(value, int), f"concurrency = {value!r} is a number of runs, or 'auto'.")
         return value
-    wanted = str if name == "name" else type(field.default)
+    wanted: Any = str if name == "name" else type(field.default)
     require(_is(value, wanted), f"{name} = {value!r} has the wrong type: {_WORDS[wanted]} is needed.")
     return float(value) if wanted is float else value
 
 
 _EXAMPLES = {"seeds": "[42, 43]", "rungs": "[0.25, 0.5, 1.0]"}
-_WORDS = {int: "a whole number", float: "a number", str: "a text in quotes"}
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text in quotes"}
 
 
 def _is(value: Any, wanted: type) -> bool:
-    if wanted is float:
-        wanted = int | float  # type: ignore[assignment]
-    return isinstance(value, wanted) and not isinstance(value, bool)
+    return isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
 
 
 def _objective(value: Any) -> Objective:
@@ -130,13 +128,17 @@ def _objective(value: Any) -> Objective:
         and all(_is(v, float) for v in value.values())
     ):
         require(all(v > 0 for v in value.values()), f"objective.best_under must be above 0, got {dict(value)}.")
-        return Objective(**{name: float(limit) for name, limit in value.items()})
+        return Objective(budget_usd=_limit(value, "budget_usd"), max_hours=_limit(value, "max_hours"))
     require(
         value in _KINDS if isinstance(value, str) else False,
         f"objective = {value!r}: use 'val_bpb', 'val_bpb_per_dollar', {{best_under = {{budget_usd = 5.0}}}} or "
         "{best_under = {max_hours = 2.0}}.",
     )
     return Objective(kind=value)
+
+
+def _limit(limits: Mapping[str, Any], name: str) -> float | None:
+    return float(limits[name]) if name in limits else None
 
 
 def _toml(value: Any) -> str:
