@@ -167,8 +167,10 @@ def test_what_a_driver_leaves_unevaluated_the_next_one_finds(config):
     first, finished, _ = train_for_others(config(eval_workers=1), after(5, Signal.STOP))
     assert not finished
     assert list(first.elsewhere.pending) == [2, 4]
-    owed = first.elsewhere.pending[2]
-    first.elsewhere.take(owed, evaluate_checkpoint(World(), first.elsewhere.assignment(owed)))
+    owed, beats = first.elsewhere.pending[2], []
+    task = first.elsewhere.assignment(owed)
+    first.elsewhere.take(owed, evaluate_checkpoint(World(), task, beat=lambda: beats.append(1)))
+    assert len(beats) >= 2 * len(owed.kinds)  # between passes, and when a kind is done
     first.close("stopped")
     second, finished, _ = train_for_others(config(eval_workers=1))
     assert finished

@@ -13,7 +13,7 @@ from raychat.data.tokenizer import Tokenizer
 from raychat.errors import DataError
 from raychat.export.source import Source
 from raychat.training.device import DTYPES, device_type, resolve
-from raychat.training.evaluate_checkpoint import Findings, examine, open_validation
+from raychat.training.evaluate_checkpoint import Beat, Findings, examine, open_validation
 from raychat.training.evaluating import BPB
 from raychat.training.examiner import CoreTasks, Examiner
 from raychat.training.world import World
@@ -33,8 +33,12 @@ class Request:
     dtype: str = ""
 
 
-def evaluate_source(world: World, request: Request, echo: Callable[[str], None] = lambda line: None) -> Findings:
+def evaluate_source(
+    world: World, request: Request, echo: Callable[[str], None] = lambda line: None, *, beat: Beat = lambda: None
+) -> Findings:
     """What `request` asks for, on this rank of `world`, whose ranks all call this. Findings of rank 0 are whole.
+
+    `beat` is called now and then: the evaluation goes on.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -53,7 +57,7 @@ def evaluate_source(world: World, request: Request, echo: Callable[[str], None] 
             manifest, world, eval_tokens=request.eval_tokens, device_batch_size=request.device_batch_size
         )
     examiner = Examiner(loaded.model, loaded.tokenizer, world, validation=validation, core=request.core, echo=echo)
-    return examine(examiner, request.kinds, val_tokens=tokens)
+    return examine(examiner, request.kinds, val_tokens=tokens, beat=beat)
 
 
 def find_tokens(source: Source, *, base_dir: str, given: str) -> str:

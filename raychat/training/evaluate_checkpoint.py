@@ -1,6 +1,7 @@
 """Evaluates one checkpoint of a run as training would have done at its step: for workers that do not train."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from raychat.training.evaluating import BPB, CORE, SAMPLES
 from raychat.training.examiner import CoreTasks, Echo, Examiner, Validation
 from raychat.training.world import World
 
+Beat = Callable[[], None]
 APART = 1 << 20  # added to the rank, by which a node's copy of a checkpoint is named: ranks that train have their own
 
 
@@ -45,8 +47,12 @@ class Findings:
     seconds: dict[str, float]
 
 
-def evaluate_checkpoint(world: World, task: Assignment, echo: Echo = lambda line: None) -> Findings:
+def evaluate_checkpoint(
+    world: World, task: Assignment, echo: Echo = lambda line: None, *, beat: Beat = lambda: None
+) -> Findings:
     """Evaluate on this rank of `world`, whose ranks all call this. As many ranks as trained give the very same values.
+
+    `beat` is called now and then: the evaluation goes on.
 
     Raises:
         CheckpointError: the checkpoint is gone or does not suit the model.
@@ -75,7 +81,7 @@ def evaluate_checkpoint(world: World, task: Assignment, echo: Echo = lambda line
         core=CoreTasks.of(config),
         echo=echo,
     )
-    return examine(examiner, task.kinds, val_tokens=tokens)
+    return examine(examiner, task.kinds, val_tokens=tokens, beat=beat)
 
 
 def open_validation(
@@ -91,13 +97,23 @@ def open_validation(
     return validation, rows * T
 
 
-def examine(examiner: Examiner, kinds: tuple[str, ...], *, val_tokens: int) -> Findings:
-    """Everything in `kinds`, one after the other."""
+def examine(examiner: Examiner, kinds: tuple[str, ...], *, val_tokens: int, beat: Beat = lambda: None) -> Findings:
+    """Everything in `kinds`, one after the other, with a `beat` between passes and after each of them."""
+
+    def between() -> bool:
+        beat()
+        return False
+
     values: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    makers = {BPB: examiner.bpb, CORE: examiner.core, SAMPLES: lambda: tuple(examiner.samples())}
+    makers = {
+        BPB: lambda: examiner.bpb(between),
+        CORE: lambda: examiner.core(between),
+        SAMPLES: lambda: tuple(examiner.samples()),
+    }
     for kind in kinds:
         start = time.perf_counter()
         values[kind] = makers[kind]()
         seconds[kind] = time.perf_counter() - start
+        beat()
     return Findings(**values, seconds=seconds, val_tokens=val_tokens)

@@ -15,7 +15,8 @@ from on_ray.conftest import CPUS
 from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.on_ray import cluster as clusters
-from raychat.on_ray import driver, evaluation_job, evaluators, supervisor
+from raychat.on_ray import driver, evaluation_job, evaluators, silence, supervisor
+from raychat.on_ray import group as group_module
 from raychat.on_ray.group import Group, GroupError
 from raychat.on_ray.nodes import NodeWatch
 from raychat.tracking.journal import read_events, read_journal
@@ -129,11 +130,11 @@ def test_a_run_has_the_values_of_one_without_evaluation_workers_though_one_is_ki
     """Bit for bit, and training does not notice; room is asked for when training has its own."""
     marker = tmp_path / "killed"
 
-    def deadly(world, task):
+    def deadly(world, task, *, beat):
         if not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return module.evaluate_checkpoint(world, task)
+        return module.evaluate_checkpoint(world, task, beat=beat)
 
     asked, ask, start = [], evaluators.Evaluators._ask_for_room, supervisor.Supervisor._start_crew
 
@@ -260,8 +261,57 @@ def test_waiting_for_room_is_said_once_and_room_is_given_back(cluster, monkeypat
     remove_placement_group(whole)
 
 
+def test_workers_that_hang_are_ended_and_what_they_did_is_done_again(cluster, monkeypatch, tmp_path):
+    """A process that is stopped after its first pass, and hears nothing. Long silence without a report is no hang."""
+    monkeypatch.setattr(silence, "LEAST_S", 1.0)
+    monkeypatch.setattr(group_module, "LISTEN_S", 0.1)
+    marker = tmp_path / "hung"
+
+    def hanging(world, task, *, beat):
+        if not marker.exists():
+            time.sleep(2.0)
+            beat()
+            time.sleep(0.5)
+            marker.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return task
+
+    monkeypatch.setattr(evaluators, "evaluate_checkpoint", hanging)
+    taken, lines, events, owed = [], [], [], Owed(2, ("bpb",))
+    elsewhere = SimpleNamespace(
+        pending={2: owed}, wants=lambda one: one is owed, assignment=lambda one: "the task",
+        take=lambda one, found: taken.append(found),
+    )  # fmt: skip
+    journal = SimpleNamespace(event=lambda kind, **fields: events.append((kind, fields["step"])))
+    session = SimpleNamespace(
+        elsewhere=elsewhere, journal=journal, echo=lines.append, hide=str,
+        config=SimpleNamespace(eval=SimpleNamespace(eval_workers=1)),
+    )  # fmt: skip
+    workers = evaluators.Evaluators(session, NodeWatch(use_gpu=False), use_gpu=False)
+
+    def evaluated():
+        workers.tick(may_start=True)
+        return taken
+
+    try:
+        assert eventually(evaluated) == ["the task"]
+        assert events == [("evaluation_failed", 2)]
+        assert len(lines) == 1
+        assert "the workers have not got on for 1s: they hang): trying again" in lines[0]
+        eventually(lambda: not is_there(int(marker.read_text())))
+    finally:
+        workers.make_way()
+
+
+def is_there(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
 def test_a_group_works_together_and_an_error_of_one_ends_it(cluster):
-    def told(world, number):
+    def told(world, number, *, beat):
         return world.rank, sum(world.gather(number))
 
     group = Group(2, use_gpu=False)
