@@ -175,7 +175,7 @@ def _seconds(value: float) -> tuple[float, str]:
 
 
 def _bytes(value: float) -> tuple[float, str]:
-    return (1e-9, " GB") if value >= 1e9 else (1e-6, " MB")
+    return (2**-30, " GiB") if value >= 2**30 else (2**-20, " MiB")
 
 
 def _count(value: float) -> tuple[float, str]:

@@ -181,7 +181,7 @@ def describe(measured: Measured) -> list[str]:
     """What was measured, for the console."""
     facts = {
         "step": (measured.step_s, "{:.4g} s (median; half of them within " + f"{measured.step_spread:.0%})"),
-        "memory": (measured.peak_memory_bytes and measured.peak_memory_bytes / 1e9, "{:.2f} GB, the peak of a rank"),
+        "memory": (measured.peak_memory_bytes and measured.peak_memory_bytes / 2**30, "{:.2f} GiB, the peak of a rank"),
         "save": (measured.save_s, "{:.3g} s" + _stall(measured)),
         "evaluation": (measured.eval_tok_per_sec, "{:,.0f} tok/s"),
         "start-up": (measured.startup_s, "{:.3g} s, slower first steps included"),

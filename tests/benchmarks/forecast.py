@@ -15,11 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from raychat import cli
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
     "d2": {"depth": 2, "max_seq_len": 256, "device_batch_size": 8, "total_batch_size": 2048},
     "d3": {"depth": 3, "max_seq_len": 256, "device_batch_size": 8, "total_batch_size": 2048},
