@@ -55,7 +55,8 @@ class Group:
 
     def start(self) -> None:
         """Start the workers. They take seconds to come, and what they are told meanwhile waits."""
-        member: Any = ray.remote(concurrency_groups={"pulse": 1})(_Member)  # a thread that answers while another works
+        remote: Any = ray.remote  # whose types know less than it does
+        member = remote(concurrency_groups={"pulse": 1})(_Member)  # a thread that answers while another works
         resources = {"num_cpus": 0, "num_gpus": 1} if self._use_gpu else {"num_cpus": 1}
         self._members = [
             member.options(**resources, scheduling_strategy=PlacementGroupSchedulingStrategy(self._room, rank)).remote(
