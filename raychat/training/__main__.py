@@ -24,12 +24,14 @@ from raychat.data.prepare import TokenData, make_in_process, prepare
 from raychat.data.shards import RowReader, read_manifest
 from raychat.errors import DataError, RaychatError
 from raychat.planning import format_plan, make_plan
+from raychat.planning.money import priced
 from raychat.tracking.shipping_state import MLFLOW_STATUS, End, ShippingState
 from raychat.tracking.tracking_uri import default_tracking_uri, store_error
 from raychat.training import device
 from raychat.training.build import train
 from raychat.training.events import Event
-from raychat.training.job import BatchPlan
+from raychat.training.job import BatchPlan, Job
+from raychat.training.lease import LeaseLostError
 from raychat.training.rehearsal import Rehearsal, steps_only
 from raychat.training.session import Session
 from raychat.training.state import Signal
@@ -41,7 +43,7 @@ PREPARE_TIMEOUT = datetime.timedelta(hours=12)  # ranks wait while rank 0 tokeni
 
 def main(args: list[str]) -> int:
     """Run one training on this process, or on this rank of torchrun's."""
-    config = cli.parse(args, prog="python -m raychat.training", description=__doc__ or "")
+    config = priced(cli.parse(args, prog="python -m raychat.training", description=__doc__ or ""))
     if config.run.dry_run:
         sys.stdout.write(format_plan(make_plan(config)) + "\n")
         return 0
@@ -118,10 +120,7 @@ def _run(
     status: Literal["finished", "failed", "stopped"] = "failed"
     wrong = None
     try:
-        sink = session.receive if session else _ignore
-        with _stop_on_signals() as poll:
-            finished = train(job, world=world, batches=read_here, sink=sink, poll=poll)
-        status = "finished" if finished else "stopped"
+        status = "finished" if _train(job, world, session) else "stopped"
     except BaseException as failure:
         wrong = str(failure) or type(failure).__name__
         raise
@@ -133,6 +132,21 @@ def _run(
             for line in session.closing_lines(summary):
                 echo(line)
     return 0
+
+
+def _train(job: Job, world: World, session: Session | None) -> bool:
+    """Train on this rank; whether the horizon was reached. Rank 0 has the session.
+
+    Raises:
+        LeaseLostError: the run may be another driver's by now; what was trained since is saved unless it is.
+    """
+    sink = session.receive if session else _ignore
+    with _stop_on_signals() as asked:
+        poll = (lambda: Signal.STOP if session.lease.lost else asked()) if session else asked
+        finished = train(job, world=world, batches=read_here, sink=sink, poll=poll)
+    if session and session.lease.lost:
+        raise LeaseLostError(str(session.lease.why_lost))
+    return finished
 
 
 def _leave_for_mlflow(session: Session) -> None:
