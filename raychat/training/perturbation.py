@@ -15,7 +15,7 @@ def perturb(model: GPT, number: int) -> None:
 
     The embedding, because it is stored in the compute dtype: the last bit of a float32 matrix is lost in its cast.
     """
-    rows = model.transformer["wte"].weight
+    rows = model.get_parameter("transformer.wte.weight")
     generator = torch.Generator().manual_seed(number)
     channel = torch.randint(rows.size(1), (rows.size(0), 1), generator=generator).to(rows.device)
     values = rows.gather(1, channel)
