@@ -35,8 +35,8 @@ def affordable(
     All of them where there is no budget, or nothing is known of the costs. It stops at the first that is too dear: a cheaper
     one behind it must not be preferred for its price.
     """
-    rate = _usd_per_flop(spec, known, done)
-    if spec.budget_usd == -1 or rate is None:
+    rate = _usd_per_flop(spec, known, done) if spec.budget_usd != -1 else None
+    if rate is None:
         return list(waiting)
     left = spec.budget_usd - spent_usd(done) - sum(rate * trial_flops(spec, trial) for trial in running)
     found: list[Trial] = []

@@ -112,7 +112,7 @@ class SearchSpec:
 
     def arm(self, settings: Mapping[str, Any]) -> Arm:
         """The arm that `settings` make; those that are the base's are none."""
-        base = self.base_config.flat()
+        base = self._base_flat
         own = {name: value for name, value in settings.items() if base[name] != value}
         name = ",".join(f"{key}={value}" for key, value in sorted(own.items()))
         title = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in own.items())
@@ -171,6 +171,10 @@ class SearchSpec:
             plain["objective"] = _plain_objective(self.objective)
         space = {name: values.plain() for name, values in self.space.items()}
         return plain | {"base": dict(self.base), "space": space}
+
+    @cached_property
+    def _base_flat(self) -> dict[str, Any]:
+        return self.base_config.flat()
 
     def _settle(self) -> None:
         """Put what was left open, or given as TOML has it, in its final form."""
