@@ -3,15 +3,17 @@
   python jobs/plan.py --gpu a100-40gb --budget-usd 5                      depth, batch and horizon for the money
   python jobs/plan.py --gpu rtx-4070 --max-hours 8 --depth 12             the same for a time; what is given, stays
   python jobs/plan.py --depths 8,10,12 --machines p4d.24xlarge,p5.4xlarge one row each
+  python jobs/plan.py --list-prices                                       machine types and what an hour costs
   python jobs/plan.py --calibrate                                         fit the forecasts to finished runs
 
 All other flags are those of jobs/pretrain.py, whose --dry-run prints one plan in full.
 """
 
 import argparse
+import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,14 @@ from raychat.atomic import write_json, write_text
 from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.planning import comparison, proposal, recommendation
+from raychat.planning.prices import load_prices
 from raychat.planning.target import resolve_target
+from raychat.uris import public_uri
 
 
 def main(args: Sequence[str]) -> int:
     """Parse, and propose, compare or calibrate."""
+    args = list(map(with_dashes, args))
     own, rest = parser().parse_known_args(args)
     if own.gpus is not None:
         rest += ["--num-workers", str(own.gpus)]
@@ -36,6 +41,9 @@ def main(args: Sequence[str]) -> int:
     config = cli.parse(rest, prog="python jobs/plan.py", description=__doc__ or "")
     if own.calibrate:
         return calibrate(config)
+    if own.list_prices:
+        print(comparison.format_prices(load_prices(config.plan.prices)))
+        return 0
     beside = own.depths or own.machines or own.gpus_list
     limits = [own.budget_usd, own.max_hours, config.money.budget_usd, config.money.max_hours]
     if not beside and any(limit not in (None, -1) for limit in limits):
@@ -61,12 +69,14 @@ def parser() -> argparse.ArgumentParser:
     beside.add_argument("--machines", default="", help="machine types of the price table, as p4d.24xlarge,p5.4xlarge")
     beside.add_argument("--gpus-list", default="", help="GPUs with how many, as a100-40gb,8xh100")
     beside.add_argument("--output", type=Path, metavar="DIR", help="folder for plans.csv and plans.json")
+    made.add_argument("--list-prices", action="store_true", help="the price table, with --prices FILE over it")
     made.add_argument("--calibrate", action="store_true", help="fit the forecasts to the finished runs of --base-dir")
     return made
 
 
 def propose(config: Config, own: argparse.Namespace, args: Sequence[str], given: set[str]) -> int:
     """Print what the budget buys best, and keep it as a preset where that is asked for."""
+    require_toml(own.write_preset)
     target, pins = resolve_target(config), given | of_presets(config)
     hours, budget = proposal.hours_of(
         config,
@@ -79,8 +89,9 @@ def propose(config: Config, own: argparse.Namespace, args: Sequence[str], given:
     command = recommendation.training_command(found, sorted(given))
     print(f"\nto train it  {command}\nthe plan     {command} --dry-run")
     if own.write_preset:
-        mine = shlex.join(["python", "jobs/plan.py", *without(args, "--write-preset", "--base-dir")])
-        write_text(own.write_preset, recommendation.preset_text(found, mine, budget, sorted(pins)))
+        mine = shlex.join(["python", "jobs/plan.py", *map(public, without(args, "--write-preset", "--base-dir"))])
+        with writing("--write-preset", own.write_preset):
+            write_text(own.write_preset, recommendation.preset_text(found, mine, budget, sorted(pins)))
         print(f"written to {own.write_preset}")
     return 0
 
@@ -95,9 +106,10 @@ def compare(config: Config, own: argparse.Namespace, given: set[str]) -> int:
     )
     print(comparison.format_rows(rows))
     if own.output:
-        own.output.mkdir(parents=True, exist_ok=True)
-        write_text(own.output / "plans.csv", comparison.as_csv(rows))
-        write_json(own.output / "plans.json", [comparison.facts(row) | {"plan": row.plan} for row in rows])
+        with writing("--output", own.output):
+            own.output.mkdir(parents=True, exist_ok=True)
+            write_text(own.output / "plans.csv", comparison.as_csv(rows))
+            write_json(own.output / "plans.json", [comparison.facts(row) | {"plan": row.plan} for row in rows])
         print(f"written to {own.output / 'plans.csv'} and {own.output / 'plans.json'}")
     return 0
 
@@ -108,6 +120,35 @@ def calibrate(config: Config) -> int:
 
     calibrate_runs(config.base_dir, config.runs_dir, echo=print)
     return 0
+
+
+def require_toml(path: Path | None) -> None:
+    """Refuse a preset that `--preset` would not take for a file."""
+    if path is not None and path.suffix != ".toml":
+        raise ConfigError(f"--write-preset {path}: the name of a preset file ends in .toml, for example {path}.toml.")
+
+
+@contextlib.contextmanager
+def writing(flag: str, path: Path) -> Iterator[None]:
+    """Writes a place that a flag named. Raises ConfigError where that cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} {path} cannot be written ({error.strerror or error}): name another place."
+        ) from error
+
+
+def with_dashes(arg: str) -> str:
+    """A flag as it is declared, of one that may be written with underscores."""
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else arg
+
+
+def public(arg: str) -> str:
+    """An argument without credentials."""
+    name, equals, value = arg.partition("=") if arg.startswith("--") else ("", "", arg)
+    return name + equals + public_uri(value)
 
 
 def known(flag: float | None, setting: float) -> float | None:
@@ -147,7 +188,9 @@ def gpus(text: str) -> dict[str, Any]:
     """Settings for `8xh100` or `h100`."""
     number, by, name = text.partition("x")
     if by and number.isdigit():
-        return {"machine": "", "gpu": name, "num_workers": whole(number, "--gpus-list")}
+        if int(number) < 1:
+            raise ConfigError(f"--gpus-list {text!r} asks for no GPU: give a list as a100-40gb,8xh100.")
+        return {"machine": "", "gpu": name, "num_workers": int(number)}
     return {"machine": "", "gpu": text}
 
 

@@ -12,7 +12,8 @@ from raychat import cli
 from raychat.config import Config
 from raychat.data import climbmix
 from raychat.data.prepare import make_in_process, open_corpus, prepare
-from raychat.planning import recipe
+from raychat.errors import ConfigError
+from raychat.planning import format_plan, make_plan, recipe
 from raychat.planning.data import forecast_data
 from raychat.planning.files import local_files, text_chars
 from raychat.planning.ranges import Range
@@ -177,14 +178,27 @@ def test_shards_that_were_deleted_do_not_count(tiny_config):
     assert not forecast(config).tokens_ready
 
 
-@pytest.mark.parametrize("corpus", ["climbmix", "embedded", ""])
-def test_nothing_to_train_on_is_no_number_of_epochs(tiny_config, own_corpus, corpus):
-    """The run refuses it, and says what to do; the plan must not end in a division by zero."""
-    if not corpus:
-        for part in own_corpus.iterdir():
-            part.write_text("")
-    data = forecast(tiny_config(corpus=corpus or str(own_corpus), num_data_shards=1 if corpus else -1))
+def test_empty_files_are_no_number_of_epochs(tiny_config, own_corpus):
+    """The run refuses them, and says what to do; the plan must not end in a division by zero."""
+    for part in own_corpus.iterdir():
+        part.write_text("")
+    config = tiny_config(corpus=str(own_corpus))
+    data = forecast(config)
     assert data.epochs is data.shards_needed is None
+    assert "epochs" not in format_plan(make_plan(config))
+
+
+@pytest.mark.parametrize(
+    ("corpus", "number", "message"),
+    [
+        ("embedded", 1, "leaves no file of --corpus embedded to train on, since the last one validates. Use 2 or more"),
+        ("climbmix", 1, "Use 2 or more"),
+        ("climbmix", 6544, "is more than the 6,543 files of climbmix"),
+    ],
+)
+def test_a_number_of_files_that_the_run_would_refuse_is_refused(tiny_config, corpus, number, message):
+    with pytest.raises(ConfigError, match=message):
+        forecast(tiny_config(corpus=corpus, num_data_shards=number))
 
 
 def test_a_damaged_record_is_passed_over(tiny_config):

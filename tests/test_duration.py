@@ -239,3 +239,26 @@ def test_every_part_that_is_not_nothing_says_where_it_is_from():
     parts = {"startup", "tokenizer", "tokenizing", "steps", "evaluation", "checkpoints", "replay"}
     assert parts == set(found.sources)
     assert parts < {field.name for field in dataclasses.fields(found)}
+
+
+def test_evaluation_computes_nothing_again():
+    plain, again = (forecast(A100_D10, grad_checkpoint=value) for value in (False, True))
+    assert again.step_s.mid > plain.step_s.mid
+    assert again.eval_s.mid == pytest.approx(plain.eval_s.mid)
+
+
+def test_there_are_no_more_saves_than_steps(monkeypatch):
+    monkeypatch.setattr("raychat.planning.target.local_cores", lambda: 2)
+    found = forecast({"depth": 20, "gpu": "cpu", "num_iterations": 100, "core_metric_every": -1})
+    assert found.step_s.mid > 600
+    assert found.saves.low <= 100
+    assert found.saves.high <= 101
+
+
+@pytest.mark.parametrize(("workers", "slower"), [(2, 1), (4, 1), (3, 1.5), (5, 2), (16, 1)])
+def test_cpu_workers_wait_for_the_one_with_most_rows_and_leave_cores_over(monkeypatch, workers, slower):
+    """Of 8 cores and 16 rows: 3 workers compute 6 rows at most with 2 cores each, 5 compute 4 with one."""
+    monkeypatch.setattr("raychat.planning.target.local_cores", lambda: 8)
+    settings = {"depth": 4, "max_seq_len": 512, "total_batch_size": 8192, "device_batch_size": 1, "gpu": "cpu"}
+    alone, several = (forecast(settings, num_workers=n).step_s.mid for n in (1, workers))
+    assert several / alone == pytest.approx(slower)

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from raychat.errors import ConfigError
 from raychat.planning import make_plan, recipe
+from raychat.planning.money import priced
 from raychat.planning.proposal import with_values
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +44,7 @@ def test_the_proposal_stands_among_its_neighbours(run):
     rows = [line.split() for line in out.splitlines() if "undertrained" in line or "depth 10 makes" in line]
     assert [row[0] for row in rows] == ["8", "11", "12"]
     assert "python jobs/pretrain.py --depth 10 " in out
+    assert " --price-per-hour 4.3" in next(line for line in out.splitlines() if line.startswith("to train it"))
 
 
 def test_the_preset_that_is_written_is_the_proposal(run, tmp_path):
@@ -112,6 +115,13 @@ def test_a_device_batch_that_is_given_is_kept_in_every_row(run, tmp_path):
         (["--depths", "8,x"], "--depths 'x' is no whole number"),
         (["--machines", "p4d.24xlarg"], "p4d.24xlarge"),
         (["--gpu", "h100", "--budget-usd", "-3"], "--budget-usd must be above 0"),
+        (["--gpu", "h100", "--max-hours", "1e300"], "more than a century"),
+        (["--gpu", "h100", "--budget-usd", "1e300"], "more than a century"),
+        (["--gpu", "a100", "--max-hours", "3", "--fp8"], "^--fp8 cannot be used on a100-40gb"),
+        (["--gpus-list", "0xh100"], "'0xh100' asks for no GPU"),
+        (["--gpu", "h100", "--max-hours", "3", "--write-preset", "mine"], "ends in .toml, for example mine.toml"),
+        (["--gpu", "h100", "--max-hours", "3", "--write-preset", "/none/x.toml"], "/none/x.toml cannot be written"),
+        (["--gpu", "h100", "--depths", "4", "--output", "/dev/null"], "--output /dev/null cannot be written"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_can(job, args, message):
@@ -126,3 +136,56 @@ def test_help_names_its_own_flags_and_where_the_others_are(job, capsys):
     assert end.value.code == 0
     assert "--write-preset" in out
     assert "flags are those of jobs/pretrain.py" in out
+
+
+def command_to_train(out):
+    """The arguments of the command that a proposal ends with."""
+    line = next(line for line in out.splitlines() if line.startswith("to train it"))
+    return shlex.split(line.partition("jobs/pretrain.py")[2])
+
+
+def test_the_run_of_a_proposal_has_its_price_and_its_places(run, job, tmp_path):
+    prices = tmp_path / "prices.toml"
+    prices.write_text('[[machine]]\nname = "mine"\ngpu = "h100"\ngpus = 2\non_demand = 5.0\n')
+    limits = ["--budget-usd", "20", "--max-hours", "9"]
+    out = run("--machine", "mine", "--prices", str(prices), *limits, "--seed", "3", "--preset", "h100_d12")
+    assert "at $5.00 an hour of 1 x mine" in out
+    config = job.cli.parse(command_to_train(out), prog="", description="")
+    assert priced(config).money.price_per_hour == 5
+    assert config.base_dir == tmp_path / "base"
+    assert (config.run.seed, config.cluster.num_workers, config.model.depth) == (3, 2, 12)
+    assert config.money.max_hours == config.money.budget_usd == -1
+    cost = make_plan(config)["money"]["on_demand"]
+    assert f"${cost[1]:.2f} (${cost[0]:.2f} to ${cost[2]:.2f})" in out
+
+
+def test_credentials_are_neither_shown_nor_written(run, tmp_path):
+    file, secret = tmp_path / "mine.toml", "s3://key:hidden@bucket/text"
+    places = ["--corpus", secret, f"--storage-path={secret}"]
+    out = run("--gpu", "h100", "--max-hours", "3", *places, "--write-preset", str(file))
+    assert "s3://key@bucket/text" in command_to_train(out)
+    assert "hidden" not in out + file.read_text()
+
+
+def test_flags_may_be_written_with_underscores(run):
+    assert run("--gpu", "h100", "--budget_usd=3") == run("--gpu", "h100", "--budget-usd", "3")
+
+
+def test_the_price_table_is_listed_with_ones_own_and_sources(run, tmp_path):
+    prices = tmp_path / "prices.toml"
+    prices.write_text('[[machine]]\nname = "mine"\ngpu = "l4"\ngpus = 1\nspot = [1.0, 10.0]\nas_of = "2026-11-01"\n')
+    out = run("--list-prices", "--prices", str(prices))
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    assert lines["p5.4xlarge"] == ["1", "x", "h100", "AWS", "$6.88"]
+    assert lines["mine"] == ["1", "x", "l4", "$1.00", "to", "$10.00"]
+    assert f"mine: of 2026-11-01 ({prices})" in out
+
+
+def test_long_reasons_stay_in_their_column(run):
+    lines = run("--gpu", "rtx-3080", "--max-hours", "100000").splitlines()
+    head = next(line for line in lines if line.endswith("why"))
+    first = next(index for index, line in enumerate(lines) if "one sequence a pass" in line)
+    at = head.index("why")
+    assert max(map(len, lines[: first + 2])) <= 100
+    assert lines[first][:at].split() == [lines[first].split()[0]]
+    assert (lines[first + 1][:at].strip(), lines[first + 1][at] != " ") == ("", True)

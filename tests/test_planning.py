@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -332,3 +333,29 @@ def test_numbers_of_a_range_have_the_same_digits():
     assert spread([845.2, 944.4, 1214.3]) == "944 (845 to 1,214)"
     assert dollars([3.5, 4, 4.85]) == "$4.00 ($3.50 to $4.85)"
     assert dollars([151.2, 169, 204]) == "$169 ($151 to $204)"
+
+
+def test_fp8_is_refused_before_a_machine_without_it_is_rented(a100):
+    eight_bits = dataclasses.replace(a100.precision, fp8=True)
+    with pytest.raises(ConfigError, match="--fp8 cannot be used on a100-40gb, which has no 8-bit floats"):
+        make_plan(dataclasses.replace(a100, precision=eight_bits))
+    hopper = dataclasses.replace(a100, precision=eight_bits, plan=dataclasses.replace(a100.plan, gpu="h100"))
+    assert make_plan(hopper)["memory"]["fits"]
+
+
+def test_a_plan_that_cannot_be_written_is_refused_with_the_place(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = Config.from_flat({"depth": 4, "gpu": "h100", "base_dir": str(tmp_path / "file")})
+    with pytest.raises(ConfigError, match=r"cannot be written to .*file/runs/d4/plan\.json .*give a --base-dir"):
+        keep_plan(make_plan(config), config.run_dir)
+
+
+def test_few_and_many_are_written_as_people_write_them(tmp_path):
+    small = {"total_batch_size": 8 * 2048, "device_batch_size": 8, "base_dir": str(tmp_path)}
+    text = format_plan(make_plan(Config.from_flat(small | {"gpu": "h100"})))
+    assert "8 sequences a step: 1 pass of 8 (16,384 tokens)" in text
+    three = Config.from_flat(small | {"gpu": "h100", "device_batch_size": 1, "num_workers": 3})
+    assert "8 sequences a step, at most 3 on each device: 3 passes of 1" in format_plan(make_plan(three))
+    slow = Config.from_flat(small | {"gpu": "cpu", "depth": 40})
+    assert re.search(r"in all; [1-9][\d.]* \([\d.]+ to [\d.]+\) tokens/s", format_plan(make_plan(slow)))
+    assert re.search(r"\d,\d{3}\.\d GiB", format_plan(make_plan(Config.from_flat(small | {"depth": 100}))))

@@ -85,7 +85,8 @@ def test_machines_with_a_gpu_are_cheapest_first_for_so_many(tmp_path):
         ("", "holds no prices"),
         ("[price]\nx = 1", "'price' has no meaning there"),
         ('[[machine]]\ngpu = "h100"\ngpus = 1', "entry 1: 'name' is missing"),
-        ('[[machine]]\nname = "x"\ngpu = "h100"', "gpus = 0 is to be a whole number of at least 1"),
+        ('[[machine]]\nname = "x"\ngpu = "h100"', "'gpus' is missing: say how many, at least 1"),
+        ("machine = [1, 2]", "entry 1: an entry is a table"),
         ('[[machine]]\nname = "x"\ngpu = "h101"\ngpus = 1', "(x): gpu 'h101' is not in the table"),
         ('[[machine]]\nname = "x"\ngpu = "h100"\ngpus = 1\nprice = 3', "there is no key 'price'"),
         ('[[machine]]\nname = "x"\ngpu = "h100"\ngpus = 1\non_demnd = 3', "did you mean on_demand"),
@@ -108,5 +109,5 @@ def test_what_a_users_file_cannot_mean_is_refused(tmp_path, text, problem):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.toml cannot be read: No such file"):
         load_prices(str(tmp_path / "none.toml"))

@@ -10,6 +10,7 @@ from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.planning.layout import columns, count, spread, target_name, usd
 from raychat.planning.plan import make_plan
+from raychat.planning.prices import Machine
 from raychat.planning.proposal import fit_batch, with_values
 from raychat.planning.target import resolve_target
 
@@ -56,6 +57,21 @@ def format_rows(rows: Sequence[Row]) -> str:
     kept = [i for i in range(len(COLUMNS)) if any(line[i] for line in cells[1:])]
     table = columns([[line[i] for i in kept] for line in cells], left={kept.index(1)})
     return "\n".join([*table, *[f"depth {row.depth} on {row.machine}: {row.problem}" for row in rows if row.problem]])
+
+
+def format_prices(table: dict[str, Machine]) -> str:
+    """The machine types of a price table, and under it where and when their prices were read."""
+    rows = [["machine", "devices", "provider", "on demand", "spot"]]
+    sources: dict[str, list[str]] = {}
+    for machine in table.values():
+        low, high = machine.spot or (0.0, 0.0)
+        spot = "" if machine.spot is None else usd(low) if low == high else f"{usd(low)} to {usd(high)}"
+        price = usd(machine.on_demand) if machine.on_demand else ""
+        rows.append([machine.name, machine.devices, machine.provider, price, spot])
+        sources.setdefault(machine.dated, []).append(machine.name)
+    return "\n".join(
+        [*columns(rows, left={0, 1, 2}), "", *[f"{', '.join(names)}: {dated}" for dated, names in sources.items()]]
+    )
 
 
 def as_csv(rows: Sequence[Row]) -> str:

@@ -69,6 +69,8 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "a100-40gb": ("a100 sxm4 40gb", "a100 sxm 40gb", "a100 pcie 40gb"),
     "a800": ("a800 sxm4 80gb",),
 }
+# Devices without 8-bit floats: compute capability below 8.9, CDNA 2.
+NO_FP8 = {"a100-80gb", "a100-40gb", "a800", "a40", "a30", "a10g", "a10", "rtx-a6000", "rtx-3090", "rtx-3080", "mi250x"}
 SHORT = {"a100": "a100-40gb"}  # the smaller of two: a plan for it fits the larger one too
 # What follows a model's name and makes it another model.
 OTHER_MODEL = r"(?! (?:ti|super|laptop|max q|mobile|d)\b)"

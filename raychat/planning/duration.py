@@ -119,6 +119,11 @@ class _Job:
     rate: Range
     sources: dict[str, str]
 
+    @property
+    def forward_rate(self) -> Range:
+        """The same for evaluation, which never computes anything twice."""
+        return self.rate.scaled(_recomputation(self.config, self.recipe, self.shape))
+
 
 def forecast_time(
     config: Config,
@@ -150,7 +155,7 @@ def forecast_time(
     tok_per_sec = step_s.under(float(recipe.total_batch_size))
     eval_s = _one_evaluation(job)
     steps, evaluation = step_s.scaled(recipe.num_iterations), _evaluation(job, eval_s)
-    saves, interval_s = _saves(job, steps)
+    saves, interval_s = _saves(job, step_s)
     forecast = TimeForecast(
         startup=_startup(job),
         tokenizer=ZERO if tokenizer_ready else _tokenizer(job, corpus_chars),
@@ -182,14 +187,14 @@ def _rate(config: Config, recipe: Recipe, shape: ModelShape, target: Target, sou
     calibration = config.base_dir / CALIBRATION
     again = _recomputation(config, recipe, shape)
     dtype = plan_dtype(config, target)
+    rows = recipe.total_batch_size // shape.sequence_len
+    most = -(-rows // target.workers)  # rows of the rank that has the most of them, for which the others wait
     if target.device == "cpu":
         if not target.cores:
             return None
         found = core_rate(dtype, depth=shape.n_layer, width=shape.n_embd, calibration=calibration)
         sources["steps"] = f"{target.cores} cores x {found.source}"
-        return found.flops.scaled(target.cores * target.machines / again)
-    rows = recipe.total_batch_size // shape.sequence_len
-    most = -(-rows // target.workers)  # rows of the rank that has the most of them, for which the others wait
+        return found.flops.scaled(_busy_cores(target, rows / most) * target.machines / again)
     efficiency = mfu_range(
         target.gpu,
         shape.n_layer,
@@ -211,6 +216,14 @@ def _rate(config: Config, recipe: Recipe, shape: ModelShape, target: Target, sou
         rate = rate.times(BETWEEN_MACHINES)
         sources["steps"] += f"; {target.machines} machines at 65 to 98% of that, assumed"
     return rate
+
+
+def _busy_cores(target: Target, ranks: float) -> float:
+    """Cores of a machine that compute: each rank has as many threads, and all have work for so many `ranks`.
+
+    With more ranks than cores none idles: those that wait leave their core to the others.
+    """
+    return target.cores if target.workers >= target.cores else target.cores // target.workers * ranks
 
 
 def _recomputation(config: Config, recipe: Recipe, shape: ModelShape) -> float:
@@ -235,7 +248,7 @@ def _one_evaluation(job: _Job) -> Range:
     job.sources["evaluation"] = (
         f"a third of training's FLOPs at {factor.mid:.0%} of its rate ({known}); --eval-tokens at most"
     )
-    rate = job.rate.times(factor)
+    rate = job.forward_rate.times(factor)
     if job.config.precision.fp8:  # evaluation is never in fp8
         rate = rate.times(Range(0.8, 0.85, 1.0))
     return rate.under(job.recipe.flops_per_token / 3 * tokens)
@@ -258,7 +271,7 @@ def _core(job: _Job) -> Range:
         return ZERO
     cap = settings.core_metric_max_per_task
     items = CORE_ITEMS if cap == -1 else min(CORE_ITEMS, CORE_TASKS * cap)
-    rate = job.rate.times(CORE_RATE[job.target.device])
+    rate = job.forward_rate.times(CORE_RATE[job.target.device])
     work = CORE_TOKENS.scaled(items * _body_flops(job.recipe, job.shape) / 3)
     once = Range(work.low / rate.high, work.mid / rate.mid, work.high / rate.low)
     count = -(-steps // every)  # at multiples of it, not at step 0, and at the last one
@@ -266,9 +279,10 @@ def _core(job: _Job) -> Range:
     return once.scaled(count)
 
 
-def _saves(job: _Job, steps: Range) -> tuple[Range, Range]:
-    """Checkpoints in the whole run, and seconds of training between two that are due."""
+def _saves(job: _Job, step_s: Range) -> tuple[Range, Range]:
+    """Checkpoints in the whole run, and seconds of training between two that are due. At most one follows a step."""
     settings, iterations = job.config.save, job.recipe.num_iterations
+    steps = step_s.scaled(iterations)
     if settings.save_every == -1:
         return Range.exactly(1), steps
     # Besides those that are due by time or step: the last one, and one at each evaluation that finds a new lowest value.
@@ -276,10 +290,13 @@ def _saves(job: _Job, steps: Range) -> tuple[Range, Range]:
     besides = Range(1, max(1, found), found + 1)
     if settings.save_every == "auto":
         stall = _stall(job)
-        interval = Range(*(save_interval_s(max(x, LEAST_STALL_S)) for x in stall.as_list()))
-        due = Range(steps.low / interval.high, steps.mid / interval.mid, steps.high / interval.low)
-        return besides + due, interval
-    return besides + Range.exactly(iterations // settings.save_every), steps.scaled(settings.save_every / iterations)
+        wanted = [save_interval_s(max(x, LEAST_STALL_S)) for x in stall.as_list()]
+        interval = Range(*(max(pair) for pair in zip(wanted, step_s.as_list(), strict=True)))
+        due = (steps.low / interval.high, steps.mid / interval.mid, steps.high / interval.low)
+        saves = besides + Range(*(min(x, iterations) for x in due))
+        return Range(*(min(x, iterations + 1) for x in saves.as_list())), interval
+    every = min(settings.save_every, iterations)
+    return besides + Range.exactly(iterations // settings.save_every), step_s.scaled(every)
 
 
 def _stall(job: _Job) -> Range:

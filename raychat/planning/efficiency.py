@@ -243,7 +243,7 @@ def _entries_of(path: Path | None, gpu: str, *, fp8: bool, dtype: str) -> list[M
         return []
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise ConfigError(f"The calibration {path} cannot be read: {error.strerror or error}.") from None

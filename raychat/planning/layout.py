@@ -32,7 +32,7 @@ def format_plan(plan: dict[str, Any]) -> str:
     """The whole plan, a section after the other."""
     sections = {
         "model": _model(plan["model"]),
-        "batch": _batch(plan["batch"]),
+        "batch": _batch(plan["batch"], plan["target"]["workers"]),
         "rates": _rates(plan["rates"]),
         "horizon": _horizon(plan["horizon"]),
         "machine": [_machine(plan["target"])],
@@ -75,7 +75,12 @@ def usd(value: float, *, cents: bool = True) -> str:
 
 def gibibytes(count: float) -> str:
     """Memory, in the unit in which torch and nvidia-smi count what a GPU has."""
-    return f"{count / GIB:.1f} GiB"
+    return f"{count / GIB:,.1f} GiB"
+
+
+def plural(number: int, one: str, several: str) -> str:
+    """`1 pass`, `8 passes`."""
+    return f"{number:,} {one if number == 1 else several}"
 
 
 def count(value: float) -> str:
@@ -132,8 +137,9 @@ def _model(model: dict[str, Any]) -> list[str]:
     ]
 
 
-def _batch(batch: dict[str, Any]) -> list[str]:
-    ranks = "" if batch["rows_per_rank"] == batch["rows"] else f", {batch['rows_per_rank']:,} on each device"
+def _batch(batch: dict[str, Any], workers: int) -> list[str]:
+    most = "" if batch["rows_per_rank"] * workers == batch["rows"] else "at most "
+    ranks = "" if workers == 1 else f", {most}{batch['rows_per_rank']:,} on each device"
     differ = len({size["step_s"][1] for size in batch["sizes"] if size["step_s"]}) > 1
     rows = [["", "a pass", "passes", "memory", "", "a step" if differ else ""]]
     for size in batch["sizes"]:
@@ -150,7 +156,7 @@ def _batch(batch: dict[str, Any]) -> list[str]:
         )
     lines = [
         f"{batch['total_batch_size']:,} tokens = {batch['rows']:,} sequences a step{ranks}: "
-        f"{batch['passes']:,} passes of {batch['device_batch_size']} ({batch['tokens_per_pass']:,} tokens)",
+        f"{plural(batch['passes'], 'pass', 'passes')} of {batch['device_batch_size']} ({batch['tokens_per_pass']:,} tokens)",
         *columns(rows, left={4}),
     ]
     return [*lines, f"  {batch['impossible']}"] if batch["impossible"] else lines
@@ -181,7 +187,7 @@ def _machine(target: dict[str, Any]) -> str:
     memory = f" with {gibibytes(target['memory_bytes'])}" if target["memory_bytes"] else ""
     text = f"{target['workers']} x {target['gpu']}{memory}"
     if machine := target["machine"]:
-        where = f"{machine['name']} ({machine['provider']})"
+        where = f"{machine['name']} ({machine['provider']})" if machine["provider"] else machine["name"]
         text += f": {where}" if target["machines"] == 1 else f": {target['machines']} x {where}"
     return text
 
@@ -197,7 +203,7 @@ def _memory(memory: dict[str, Any], target: dict[str, Any]) -> list[str]:
     digits = 1 if memory["total"] > 10 * GIB else 2
     lines = [
         f"{gibibytes(memory['total'])}{there}{each}{source}{verdict}{most} ({how})",
-        ", ".join(f"{name} {memory['parts'][name] / GIB:.{digits}f}" for name in PARTS),
+        ", ".join(f"{name} {memory['parts'][name] / GIB:,.{digits}f}" for name in PARTS),
     ]
     return [*lines, memory["with_full_loss"]["why"]] if memory["with_full_loss"] else lines
 
@@ -205,10 +211,10 @@ def _memory(memory: dict[str, Any], target: dict[str, Any]) -> list[str]:
 def _data(data: dict[str, Any]) -> list[str]:
     needed = f"{data['corpus']}: {count(data['tokens_needed'])} tokens needed"
     if data["tokens_there"] is None:
-        return [f"{needed}; what is there is not known: {data['source']}"]
-    there, epochs = data["tokens_there"], spread(data["epochs"])
+        return [f"{needed}; what is there is {data['source']}"]
+    there = f"{spread([value / 1e6 for value in data['tokens_there']])}M there"
     lines = [
-        f"{needed}, {spread([value / 1e6 for value in there])}M there: {epochs} epochs",
+        f"{needed}, {there}: {spread(data['epochs'])} epochs" if data["epochs"] else f"{needed}, {there}",
         f"{data['packing']} packing: {data['packing_reason']}",
     ]
     if data["shards_needed"]:
@@ -233,7 +239,8 @@ def _time(plan: dict[str, Any]) -> list[str]:
     if time is None:
         gpu = plan["target"]["gpu"]
         return [f"not known, because no speed of {gpu!r} is known: give --mfu, or --gpu with a name of the table"]
-    speed = f"{spread([value / 1e3 for value in time['tok_per_sec']], digits=3)}k tokens/s"
+    unit, name = (1e3, "k") if time["tok_per_sec"][1] >= 1000 else (1, "")
+    speed = f"{spread([value / unit for value in time['tok_per_sec']], digits=3)}{name} tokens/s"
     mfu = f", MFU {spread(time['mfu'])}%" if time["mfu"] else ""
     notes = {
         "steps": f"{horizon['num_iterations']:,} x {duration(time['step_s'], digits=3)}",

@@ -9,7 +9,7 @@ from raychat.planning.data import DataForecast, forecast_data
 from raychat.planning.duration import Measured, TimeForecast, forecast_time
 from raychat.planning.memory import SHARE, MemoryForecast, forecast_memory, largest_batch
 from raychat.planning.money import MoneyForecast, forecast_money
-from raychat.planning.target import Target, plan_compiled, plan_dtype, plan_loss
+from raychat.planning.target import Target, plan_compiled, plan_dtype, plan_loss, refuse_fp8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ def look_ahead(
     config: Config, target: Target, measured: Measured | None = None, *, data: DataForecast | None = None
 ) -> Outlook:
     """The forecasts of `config` on `target`. `data` is a forecast that is known already, for the same tokens."""
+    refuse_fp8(config, target)
     recipe = scaling.recipe(config)
     data = data or forecast_data(config, recipe, with_gpus=target.device == "cuda")
     time = forecast_time(

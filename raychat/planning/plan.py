@@ -12,6 +12,7 @@ from typing import Any
 
 from raychat.atomic import write_json
 from raychat.config import Config
+from raychat.errors import ConfigError
 from raychat.planning import scaling
 from raychat.planning.duration import Measured
 from raychat.planning.memory import explain_difference
@@ -59,13 +60,22 @@ def keep_plan(plan: dict[str, Any], run_dir: Path) -> str:
     """Write `plan` to `plan.json` of the run directory; says what became of it.
 
     The forecast that a run began with stays: it is held against what the run comes to.
+
+    Raises:
+        ConfigError: the directory cannot be written to.
     """
     path = run_dir / "plan.json"
     with contextlib.suppress(OSError, ValueError):
         if MADE in json.loads(path.read_bytes()):
             return f"not written: {path} is the forecast that this run began with"
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, plan)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(path, plan)
+    except OSError as error:
+        raise ConfigError(
+            f"The plan cannot be written to {path} ({error.strerror or error}): give a --base-dir or --storage-path that can "
+            "be written to."
+        ) from error
     return f"written to {path}"
 
 

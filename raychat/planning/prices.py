@@ -96,8 +96,10 @@ def _shipped() -> dict[str, Machine]:
 def _read(path: Path, shown: str) -> dict[str, Machine]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prices {shown}: cannot be read: {error}.") from None
+    except OSError as error:
+        raise ConfigError(f"--prices {shown} cannot be read: {error.strerror or error}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prices {shown} is no text: {error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--prices {shown} is no TOML: {error}.") from None
     if unknown := sorted(set(content) - {"machine"}):
@@ -114,11 +116,13 @@ def _read(path: Path, shown: str) -> dict[str, Machine]:
     return table
 
 
-def _machine(entry: dict[str, Any], where: str, file: str) -> Machine:
+def _machine(entry: Any, where: str, file: str) -> Machine:
     """One entry, checked; `where` begins the message of what it refuses."""
 
     def refuse(problem: str) -> ConfigError:
-        return ConfigError(f"{where}{' (' + str(entry['name']) + ')' if 'name' in entry else ''}: {problem}")
+        return ConfigError(
+            f"{where}{' (' + str(entry['name']) + ')' if isinstance(entry, dict) and 'name' in entry else ''}: {problem}"
+        )
 
     if not isinstance(entry, dict):
         raise refuse("an entry is a table, which begins with [[machine]].")
@@ -133,7 +137,7 @@ def _machine(entry: dict[str, Any], where: str, file: str) -> Machine:
         name=entry["name"],
         provider=entry.get("provider", ""),
         gpu=gpu,
-        gpus=_count(entry.get("gpus", 0), "gpus", 0 if gpu == "cpu" else 1, refuse),
+        gpus=0 if gpu == "cpu" else _count(entry.get("gpus"), "gpus", 1, refuse),
         cores=_count(entry.get("cores", 0), "cores", 0, refuse),
         on_demand=_dollars(entry["on_demand"], "on_demand", refuse) if "on_demand" in entry else None,
         spot=_spot(entry["spot"], refuse) if "spot" in entry else None,
@@ -156,6 +160,8 @@ def _check_keys(entry: dict[str, Any], refuse: Refuse) -> None:
 
 
 def _count(value: Any, key: str, least: int, refuse: Refuse) -> int:
+    if value is None:
+        raise refuse(f"{key!r} is missing: say how many, at least {least}.")
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise refuse(f"{key} = {value!r} is to be a whole number of at least {least}.")
     return value

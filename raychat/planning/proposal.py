@@ -19,11 +19,12 @@ from raychat.planning import scaling
 from raychat.planning.memory import SHARE
 from raychat.planning.outlook import Outlook, batch_sizes, largest_that_fits, look_ahead, memory_of, rank_memory
 from raychat.planning.plan import OPTIMAL_RATIO, optimal_iterations
-from raychat.planning.target import Target
+from raychat.planning.target import Target, refuse_fp8
 
 USUAL_BATCH = 32  # sequences a pass beyond which GPUs gain nothing: 53% of the peak at 16, 55% at 32 (document 004)
 FASTER = 0.95  # of the time of a step: what a larger batch has to reach to be taken
 MAX_DEPTH = 128
+MOST_HOURS = 24 * 365 * 100
 HORIZON = frozenset({"num_iterations", "target_flops", "target_param_data_ratio"})
 DECIDED = frozenset({"depth", "window_pattern", "total_batch_size", "device_batch_size"}) | HORIZON
 
@@ -68,6 +69,7 @@ def propose(config: Config, *, target: Target, hours: float, pins: Set[str] = fr
     Raises:
         ConfigError: nothing is known of the device's speed, or not even the smallest model can be had.
     """
+    refuse_fp8(config, target)
     pinned = frozenset(pins) & DECIDED
     budget = _Budget(target=target, hours=hours, pins=pinned)
     depth = config.model.depth if "depth" in pinned else budget.deepest(config)
@@ -92,6 +94,7 @@ def hours_of(config: Config, target: Target, *, budget_usd: float | None, max_ho
     """
     for flag, value in (("--budget-usd", budget_usd), ("--max-hours", max_hours)):
         require(value is None or 0 < value < math.inf, f"{flag} must be above 0, got {value}.")
+    require(max_hours is None or max_hours <= MOST_HOURS, f"--max-hours {max_hours or 0:g} is more than a century.")
     hours, words = max_hours or math.inf, [] if max_hours is None else [f"{max_hours:g} hours"]
     if budget_usd:
         outlook = look_ahead(with_values(config, device_batch_size=1), target)
@@ -102,8 +105,11 @@ def hours_of(config: Config, target: Target, *, budget_usd: float | None, max_ho
                 "dollars for one machine, or --max-hours instead."
             )
         paid = budget_usd * time.undisturbed.mid / money.on_demand.mid / 3600
+        require(paid <= MOST_HOURS, f"--budget-usd {budget_usd:g} pays for more than a century on {target.gpu}.")
         hours = min(hours, paid)
-        words.insert(0, f"${budget_usd:,.2f} at ${budget_usd / paid:,.2f} an hour = {paid:,.2f} hours")
+        machines = round(3600 * money.node_hours.mid / time.undisturbed.mid)
+        of = f" of {machines} x {money.machine}" if money.machine else ""
+        words.insert(0, f"${budget_usd:,.2f} at ${budget_usd / paid:,.2f} an hour{of} = {paid:,.2f} hours")
     return hours, " and ".join(words)
 
 
@@ -153,7 +159,7 @@ class _Budget:
             try:
                 least = self._least(self._at(config, depth))
             except ConfigError as error:
-                needed = needed or f"depth {depth}: {error}"
+                needed = needed or f"depth {depth}: {str(error).rstrip('.')}"
                 continue
             hours = self._hours(least)
             if hours > self.hours:

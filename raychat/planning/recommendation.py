@@ -5,20 +5,34 @@ import json
 import math
 import shlex
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from raychat.config import Config, MoneySettings, RunSettings
-from raychat.planning.layout import columns, count, dollars, duration, gibibytes, section, target_name
+from raychat.planning.layout import (
+    LABEL,
+    WIDTH,
+    columns,
+    count,
+    dollars,
+    duration,
+    gibibytes,
+    plural,
+    section,
+    target_name,
+)
 from raychat.planning.outlook import memory_of, rank_memory
 from raychat.planning.plan import optimal_iterations
 from raychat.planning.proposal import HORIZON, Candidate, Proposal
 from raychat.planning.scaling import model_shape
+from raychat.uris import public_uri
 
 # What a preset does not hold: places, names, limits and prices of one person's run.
 NOT_IN_A_PRESET = {"address", "machine", "prices", "mfu", "preemptions_per_hour"}.union(
     leaf.name for group in (RunSettings, MoneySettings) for leaf in dataclasses.fields(group)
 )
+# What the command that trains does not hold: limits, which are what the proposal was made from, and what stops before training.
+NOT_IN_A_COMMAND = {"preset", "budget_usd", "max_hours", "dry_run", "dry_run_steps", "gpu", "num_workers"}
 
 
 def format_proposal(proposal: Proposal, budget: str) -> str:
@@ -32,7 +46,7 @@ def format_proposal(proposal: Proposal, budget: str) -> str:
         f"on {target_name(proposal.target)}: {cost(chosen)}",
         f"budget: {budget}",
     ]
-    blocks = [section("proposal", lines), section("", columns(rows, left={7}))]
+    blocks = [section("proposal", lines), section("", _with_reasons(rows))]
     if proposal.pins:
         blocks.append(section("pinned", [_pins(proposal)]))
     return "\n\n".join(blocks)
@@ -42,7 +56,8 @@ def summary(candidate: Candidate) -> str:
     """Depth, batch and horizon in words."""
     config, recipe = _known(candidate)
     return (
-        f"depth {candidate.depth}, {config.batch.device_batch_size} sequences a pass, {recipe.num_iterations:,} iterations of "
+        f"depth {candidate.depth}, {plural(config.batch.device_batch_size, 'sequence', 'sequences')} a pass, "
+        f"{plural(recipe.num_iterations, 'iteration', 'iterations')} of "
         f"{recipe.total_batch_size:,} tokens"
     )
 
@@ -77,17 +92,24 @@ def preset_text(proposal: Proposal, command: str, budget: str, given: Sequence[s
     if proposal.pins:
         words.append(_pins(proposal))
     comment = [line for text in words for line in _wrapped(text)]
-    values = _values(proposal, config, given)
+    kept = set(given) - NOT_IN_A_PRESET - {"gpu", "num_workers"}
+    values = _settings(config, _decided(proposal) | kept) | _devices(proposal)
     return (
         "\n".join([*[f"# {line}" for line in comment], *[f"{k} = {json.dumps(v)}" for k, v in values.items()]]) + "\n"
     )
 
 
 def training_command(proposal: Proposal, given: Sequence[str]) -> str:
-    """What starts the run that is proposed, with the settings that were `given`."""
+    """What starts the run that is proposed, with the settings that were `given`, places and prices among them.
+
+    No limits: a run that a forecast was a little too bold for would stop short of its horizon.
+    """
     config, _ = _known(proposal.chosen)
-    values = _values(proposal, config, given)
-    values = ({"preset": config.run.preset} if config.run.preset else {}) | values
+    values = {"preset": config.run.preset} if config.run.preset else {}
+    values |= _settings(config, _decided(proposal)) | _devices(proposal)
+    values |= _settings(config, set(given) - NOT_IN_A_COMMAND)
+    if config.plan.machine:  # which has the GPU
+        values.pop("gpu")
     return shlex.join(
         ["python", "jobs/pretrain.py", *[part for name, value in values.items() for part in _flag(name, value)]]
     )
@@ -102,13 +124,23 @@ def _wrapped(text: str) -> list[str]:
     return [text] if text.startswith(" ") else textwrap.wrap(text, 110)
 
 
-def _values(proposal: Proposal, config: Config, given: Sequence[str]) -> dict[str, Any]:
-    flat = config.flat()
-    decided = {"depth", "device_batch_size"} | (set() if proposal.pins & HORIZON else {"num_iterations"})
-    names = [name for name in flat if name in decided or (name in given and name not in NOT_IN_A_PRESET)]
-    values = {name: flat[name] for name in names if name not in ("gpu", "num_workers")}
-    values["gpu"] = proposal.target.gpu
-    return values | ({"num_workers": proposal.target.workers} if proposal.target.workers > 1 else {})
+def _decided(proposal: Proposal) -> set[str]:
+    """Settings that the proposal decides."""
+    return {"depth", "device_batch_size"} | (set() if proposal.pins & HORIZON else {"num_iterations"})
+
+
+def _settings(config: Config, names: Set[str]) -> dict[str, Any]:
+    """These settings in the order of the configuration, without credentials."""
+    return {
+        name: public_uri(value) if isinstance(value, str) else value
+        for name, value in config.flat().items()
+        if name in names
+    }
+
+
+def _devices(proposal: Proposal) -> dict[str, Any]:
+    workers = proposal.target.workers
+    return {"gpu": proposal.target.gpu} | ({"num_workers": workers} if workers > 1 else {})
 
 
 def _pins(proposal: Proposal) -> str:
@@ -120,6 +152,20 @@ def _pins(proposal: Proposal) -> str:
 
 def _reached(candidate: Candidate) -> str:
     return f", {candidate.ratio:.1f} tokens per parameter" if candidate.ratio else ""
+
+
+def _with_reasons(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns, the last of which is text that goes on below itself."""
+    table = columns([row[:-1] for row in rows])
+    width = max(map(len, table))
+    lines = []
+    for figures, row in zip(table, rows, strict=True):
+        reasons = textwrap.wrap(row[-1], max(24, WIDTH - LABEL - width - 2))
+        lines += [
+            f"{text:<{width}}  {reason}"
+            for text, reason in zip([figures, *[""] * (len(reasons) - 1)], reasons, strict=True)
+        ]
+    return lines
 
 
 def _row(candidate: Candidate, chosen: Candidate) -> list[str]:
@@ -134,7 +180,7 @@ def _row(candidate: Candidate, chosen: Candidate) -> list[str]:
         str(candidate.config.batch.device_batch_size),
         f"{recipe.num_iterations:,}",
         count(recipe.tokens),
-        f"{candidate.ratio:.1f}",
+        f"{candidate.ratio:,.1f}",
         f"{candidate.hours:,.{decimals}f}",
         candidate.why,
     ]

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from raychat.atomic import write_json
+from raychat.checks import require
 from raychat.config import Config
-from raychat.planning.text import PACKINGS, Packing, climbmix_files
+from raychat.planning.text import CLIMBMIX_SHARDS, PACKINGS, Packing, climbmix_files
 from raychat.uris import public_uri
 
 FORMAT = 1
@@ -104,12 +105,28 @@ def files_wanted(config: Config, run: dict[str, Any] | None) -> int | None:
     return run.get("corpus_files") if same and config.data.corpus in ("", "climbmix") else None
 
 
+def check_files(number: int, corpus: str, val_corpus: str) -> None:
+    """Refuse a `--num-data-shards` (-1: all) that leaves nothing to train on, or is more than climbmix has."""
+    least = 1 if val_corpus and corpus not in ("climbmix", "embedded") else 2
+    require(
+        number == -1 or number >= least,
+        f"--num-data-shards {number} leaves no file of --corpus {public_uri(corpus)} to train on"
+        f"{', since the last one validates' if least == 2 else ''}. Use {least} or more.",
+    )
+    require(
+        corpus != "climbmix" or number <= CLIMBMIX_SHARDS + 1,
+        f"--num-data-shards {number:,} is more than the {CLIMBMIX_SHARDS + 1:,} files of climbmix. "
+        f"Use {CLIMBMIX_SHARDS + 1} or less.",
+    )
+
+
 def request_of(config: Config, tokens_needed: int, run: dict[str, Any] | None, *, with_gpus: bool) -> dict[str, Any]:
     """All settings that decide the text and its tokenizer, without credentials. T and packing come on top.
 
     `run` is that of `files_wanted`.
     """
     data, corpus = config.data, corpus_name(config, with_gpus=with_gpus)
+    check_files(data.num_data_shards, corpus, data.val_corpus)
     files = files_wanted(config, run)
     if files is None:
         files = climbmix_files(tokens_needed) if corpus == "climbmix" else -1

@@ -7,7 +7,7 @@ from typing import Literal
 
 from raychat.checks import require
 from raychat.config import Config
-from raychat.planning.devices import DevicePeak, device_peak, find_gpu, local_gpu, plan_name
+from raychat.planning.devices import NO_FP8, DevicePeak, device_peak, find_gpu, local_gpu, plan_name
 from raychat.planning.prices import Machine, find_machine, load_prices
 
 GPUS_A_MACHINE = 8  # assumed for a GPU that was named without a machine
@@ -68,6 +68,15 @@ def plan_dtype(config: Config, target: Target) -> str:
     if config.precision.dtype != "auto":
         return config.precision.dtype
     return "bfloat16" if target.device == "cuda" or _has_bf16() else "float32"
+
+
+def refuse_fp8(config: Config, target: Target) -> None:
+    """Refuse `--fp8` on a GPU that has no 8-bit floats, as the run would once the machine is rented."""
+    require(
+        not config.precision.fp8 or target.gpu not in NO_FP8,
+        f"--fp8 cannot be used on {target.gpu}, which has no 8-bit floats (Ada, Hopper and later have): leave --fp8 out, or "
+        "name another --gpu or --machine.",
+    )
 
 
 def plan_loss(config: Config, target: Target) -> Literal["full", "chunked"]:
