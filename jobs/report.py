@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from raychat import cli
 from raychat.checks import did_you_mean
 from raychat.errors import ConfigError
+from raychat.search.book import SPEC
 from raychat.search.report import ReportContents, write_report
 from raychat.search.report.of_run import run_contents
+from raychat.search.report.of_search import read_search
 from raychat.tracking.run_table import default_base_dir, run_dirs
 
 
@@ -55,7 +57,7 @@ def find(name: str, base_dir: Path) -> Path:
 
 def read(folder: Path) -> ReportContents:
     """What the folder of a search or of a run says."""
-    return run_contents(folder)
+    return read_search(folder) if (folder / SPEC).is_file() else run_contents(folder)
 
 
 if __name__ == "__main__":

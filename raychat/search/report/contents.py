@@ -27,6 +27,17 @@ class ReportRun:
         return "running" if self.running else "waiting"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a search comes to."""
+
+    winner: str
+    """arm to go on with"""
+    state: str
+    """in a word or two"""
+    sentence: str
+
+
 @dataclass(frozen=True)
 class Point:
     """Something measured after `tokens`. Seconds and dollars are those of the ledger, from the start of the run."""

@@ -111,7 +111,7 @@ def _parabolas(fit: ScalingFit) -> Figure:
             tip = f"lowest of {optimum.budget:.3g} FLOPs: {words.count(optimum.parameters)}, {optimum.loss:.4f}"
             picture.dot(optimum.parameters, optimum.loss, style + " hollow", tip, shape="diamond", radius=6)
         why = f" ({optimum.refusal.split(':')[0]})" if optimum.refusal else ""
-        keys.append(Key(style, f"{optimum.budget:.2g} FLOPs{why}"))
+        keys.append(Key(style, f"{words.flops(optimum.budget)} FLOPs{why}"))
     return Figure(title=picture.title, svg=picture.render(), keys=keys, note="Diamonds: the lowest point of a budget.")
 
 
@@ -131,7 +131,7 @@ def _laws(fit: ScalingFit) -> Figure:
     picture = Picture(
         title="Compute-optimal parameters and tokens",
         summary="; ".join(law_words(fit)),
-        x=axis(budgets, "training compute (FLOPs)", show=lambda v: f"{v:.0e}".replace("e+", "e"), log=True, room=0.1),
+        x=axis(budgets, "training compute (FLOPs)", show=words.flops, log=True, room=0.1),
         y=axis(values, "parameters, tokens", show=words.count, log=True),
         name="laws",
         height=320,

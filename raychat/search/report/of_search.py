@@ -1,10 +1,12 @@
 """The report of a search, from its specification, its trials and the directories of their runs."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from raychat.search.book import SPEC, read_book
 from raychat.search.confirmation import confirm
 from raychat.search.effects import Run, effects
 from raychat.search.fits import ScalingFit, fit_scaling
@@ -12,18 +14,31 @@ from raychat.search.iso_flops import IsoFlops
 from raychat.search.pairing import Noise
 from raychat.search.ranking import Objective, Place, baseline_noise, ranking
 from raychat.search.report.command import pretrain_command
-from raychat.search.report.contents import Curve, Difference, Price, ReportContents, ReportRun
+from raychat.search.report.contents import Curve, Difference, Finding, Price, ReportContents, ReportRun
 from raychat.search.report.of_run import facts_of, now, reproduced
 from raychat.search.report.questions import open_questions
-from raychat.search.report.run_files import RunFiles, curve_of, interruption_of, outcome_of, price_of
+from raychat.search.report.run_files import RunFiles, curve_of, interruption_of, price_of
+from raychat.search.report.sweep import BUDGET, sweep_questions, sweep_verdict
 from raychat.search.spec import BASELINE, SearchSpec
 from raychat.search.trial import Outcome, Trial
-from raychat.search.verdict import Verdict, verdict
+from raychat.search.verdict import verdict
+from raychat.tracking.run_table import is_live
 
-DERIVED = ("num_iterations", "total_batch_size", "lr_scale", "weight_decay", "tokens_target")
+DERIVED = ("num_iterations", "total_batch_size", "lr_scale", "weight_decay")
 """of a run's recipe: what the rules made of its settings"""
 
 Found = Sequence[tuple[Trial, Outcome | None]]
+
+
+def read_search(folder: Path) -> ReportContents:
+    """The search in `folder` by its book: one that ended, was interrupted or is going on.
+
+    Raises:
+        ConfigError, CheckpointError: there is none, or its book is damaged.
+    """
+    spec, book = read_book(folder)
+    trials = [(trial, book.done.get(tag)) for tag, trial in book.trials.items()]
+    return search_contents(spec, trials, spec.base_config.runs_dir, going_on=is_live(folder))
 
 
 def search_contents(spec: SearchSpec, trials: Found, runs_dir: Path, *, going_on: bool = False) -> ReportContents:
@@ -36,10 +51,11 @@ def search_contents(spec: SearchSpec, trials: Found, runs_dir: Path, *, going_on
     titles = {trial.arm: trial.title for trial, _ in trials}
     noise = baseline_noise(done, spec.objective, baseline=BASELINE)
     places = ranking(done, spec.objective, baseline=BASELINE, noise=noise)
-    found = _verdict(done, places, spec.objective)
+    fit = _fit(spec, done)
+    found = sweep_verdict(fit, spec, done) if fit else _verdict(done, places, spec.objective)
     winner = _winner_settings(trials, found.winner)
     made = pretrain_command(spec.base_config.flat() | dict(winner), tag=f"{spec.name}-baseline")
-    runs = tuple(ReportRun(trial=t, outcome=o, running=t.tag in files and files[t.tag].live) for t, o in trials)
+    runs = tuple(_report_run(spec, trial, outcome, files.get(trial.tag)) for trial, outcome in trials)
     return ReportContents(
         name=spec.name,
         kind="search",
@@ -53,28 +69,23 @@ def search_contents(spec: SearchSpec, trials: Found, runs_dir: Path, *, going_on
         objective=spec.objective.kind,
         spec=spec.flat(),
         runs=runs,
-        places=tuple(places),
-        noise=noise,
+        places=() if fit else tuple(places),
+        noise=None if fit else noise,
         curves=_curves(done, files),
-        effects=_effects(done, spec, noise),
-        fit=_fit(done),
+        effects=() if fit else _effects(done, spec, noise),
+        fit=fit,
         ledger=_ledger(list(files.values())),
         interruption=interruption_of(list(files.values())),
         differences=_differences(spec, trials, files, titles),
         prices=_prices(list(files.values())),
-        questions=open_questions(spec, trials, places, noise, found),
-        reproduce=reproduced(f"python jobs/search.py {spec.name}.toml", spec.name),
+        questions=sweep_questions(fit, spec, done) if fit else open_questions(spec, trials, places, noise, found),
+        reproduce=reproduced(f"python jobs/search.py {SPEC}", spec.name),
         facts=facts_of(list(files.values())) | {"seeds": ", ".join(map(str, spec.seeds))},
         notes=_notes(done),
     )
 
 
-def outcomes_from(trials: Sequence[Trial], runs_dir: Path) -> list[tuple[Trial, Outcome | None]]:
-    """Trials with what their run directories say, where nothing else was kept of them."""
-    return [(trial, outcome_of(RunFiles(runs_dir / trial.tag))) for trial in trials]
-
-
-def _verdict(done: Sequence[tuple[Trial, Outcome]], places: Sequence[Place], objective: Objective) -> Verdict:
+def _verdict(done: Sequence[tuple[Trial, Outcome]], places: Sequence[Place], objective: Objective) -> Finding:
     fresh: dict[str, dict[int, float | None]] = {}
     for trial, outcome in done:
         if trial.role == "confirmation":
@@ -82,7 +93,8 @@ def _verdict(done: Sequence[tuple[Trial, Outcome]], places: Sequence[Place], obj
     rivals = {arm: scores for arm, scores in fresh.items() if arm != BASELINE}
     compared = sum(place.place is not None and place.arm != BASELINE for place in places)
     confirmations = confirm(rivals, fresh.get(BASELINE, {}), compared=compared)
-    return verdict(places, confirmations, baseline=BASELINE)
+    made = verdict(places, confirmations, baseline=BASELINE)
+    return Finding(winner=made.winner, state=made.state, sentence=made.sentence)
 
 
 def _winner_settings(trials: Found, arm: str) -> Mapping[str, Any]:
@@ -118,15 +130,28 @@ def _effects(done: Sequence[tuple[Trial, Outcome]], spec: SearchSpec, noise: Noi
     return ()
 
 
-def _fit(done: Sequence[tuple[Trial, Outcome]]) -> ScalingFit | None:
+def _fit(spec: SearchSpec, done: Sequence[tuple[Trial, Outcome]]) -> ScalingFit | None:
     """Of a sweep over FLOPs budgets; None for any other search."""
+    if BUDGET not in spec.space:
+        return None
+    base = spec.base_config.flat()[BUDGET]
     points = [
-        IsoFlops(budget=trial.settings["target_flops"], parameters=o.parameters, tokens=o.tokens, loss=o.val_bpb)
+        IsoFlops(budget=trial.settings.get(BUDGET, base), parameters=o.parameters, tokens=o.tokens, loss=o.val_bpb)
         for trial, o in done
-        if trial.settings.get("target_flops") and trial.rung == 1 and o.status == "finished"
+        if trial.role == "trial" and trial.rung == 1 and o.status == "finished"
         if o.parameters and o.tokens and o.val_bpb
     ]
     return fit_scaling(points) if points else None
+
+
+def _report_run(spec: SearchSpec, trial: Trial, outcome: Outcome | None, files: RunFiles | None) -> ReportRun:
+    """With the shape that it ran in among its facts."""
+    if outcome is None:
+        return ReportRun(trial=trial, running=files is not None and files.live)
+    base = spec.base_config.flat()
+    shape = {name: base[name] for name in ("depth", "device_batch_size")}
+    facts = shape | dict(outcome.facts) | {name: v for name, v in trial.settings.items() if name in shape}
+    return ReportRun(trial=trial, outcome=replace(outcome, facts=facts))
 
 
 def _ledger(files: Sequence[RunFiles]) -> dict[str, float]:

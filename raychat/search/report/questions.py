@@ -7,10 +7,9 @@ from typing import Any
 from raychat.search.confirmation import MIN_SEEDS
 from raychat.search.pairing import Noise
 from raychat.search.ranking import Place
-from raychat.search.report.contents import Question
+from raychat.search.report.contents import Finding, Question
 from raychat.search.spec import BASELINE, SearchSpec
 from raychat.search.trial import Outcome, Trial
-from raychat.search.verdict import Verdict
 
 MISSING = ("preempted", "stopped early", "over budget")
 """ends that say nothing about the configuration"""
@@ -20,7 +19,7 @@ Found = Sequence[tuple[Trial, Outcome | None]]
 
 
 def open_questions(
-    spec: SearchSpec, trials: Found, places: Sequence[Place], noise: Noise, found: Verdict
+    spec: SearchSpec, trials: Found, places: Sequence[Place], noise: Noise, found: Finding
 ) -> tuple[Question, ...]:
     """The most useful ones first."""
     asked: list[Question] = []
@@ -37,13 +36,14 @@ def open_questions(
         asked.append(
             _asked(f"Which is best of {names}? ({MIN_SEEDS} more seeds each)", trials, [p.arm for p in tied], 3)
         )
-    asked += _edges(spec, trials, found.winner)
+    leader = places[0].arm if found.state == "not confirmed" else found.winner
+    asked += _edges(spec, trials, leader)
     asked += _missing(trials)
     return tuple(asked)
 
 
 def _edges(spec: SearchSpec, trials: Found, winner: str) -> list[Question]:
-    """The final baseline at an end of a range: what lies beyond?"""
+    """`winner` at an end of a range: what lies beyond?"""
     asked = []
     base = spec.base_config.flat()
     own = next((trial.settings for trial, _ in trials if trial.arm == winner), {})

@@ -99,15 +99,15 @@ class Picture:
         """Write `text` beside a value where nothing lies yet; False when there is no such place."""
         across, down = self.at(x, y)
         wide = len(text) * DIGIT
-        places: list[tuple[float, float, Anchor]] = [
-            (across + 8, down + 4, "start"),
-            (across - 8, down + 4, "end"),
-            (across, down - 9, "middle"),
+        below, level, above = down + 16, down + 4, down - 8
+        places: list[tuple[float, float, Anchor]] = [  # below first: a front comes from above and leaves to the right
+            (across - 7, below, "end"),
             (across, down + 18, "middle"),
-            (across + 7, down - 8, "start"),
-            (across - 7, down - 8, "end"),
-            (across + 7, down + 16, "start"),
-            (across - 7, down + 16, "end"),
+            (across + 7, below, "start"),
+            (across - 10, level, "end"),
+            (across + 7, above, "start"),
+            (across + 10, level, "start"),
+            (across - 7, above, "end"),
         ]
         for left, base, anchor in places:
             x0 = left - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]

@@ -14,7 +14,7 @@ def dollars(value: float | None) -> str:
     """Dollars, in cents; four digits below ten cents, where cents would say nothing."""
     if value is None:
         return UNKNOWN
-    return f"${value:.4f}" if 0 < abs(value) < 0.1 else f"${value:,.2f}"
+    return f"${value:.4f}" if 0.00005 <= abs(value) < 0.1 else f"${value:,.2f}"
 
 
 def duration(seconds: float | None) -> str:
@@ -57,6 +57,11 @@ def count(value: float | None) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
+
+
+def flops(value: float) -> str:
+    """As `3e18`."""
+    return f"{value:.2g}".replace("e+", "e")
 
 
 def plural(number: int, noun: str) -> str:
