@@ -11,6 +11,7 @@ from raychat.search.report.palette import Figure, Key
 from raychat.search.report.pictures import curve_pictures, spending_picture
 from raychat.search.report.sections import (
     DIFFERENCES,
+    FOUND,
     HEADINGS,
     OPEN,
     interruption_sentence,
@@ -31,7 +32,7 @@ def html_page(contents: ReportContents) -> str:
         _head(contents),
         _commands(HEADINGS["command"][contents.kind], [contents.command] if contents.command else []),
         _runs(contents),
-        _pictures("What was found", [*spending_picture(contents), *curve_pictures(contents)]),
+        _pictures(FOUND[contents.kind], [*spending_picture(contents), *curve_pictures(contents)]),
         _pictures("What it depends on", [*effect_pictures(contents), *scaling_pictures(contents)]),
         _hardware(contents),
         _ledger(contents),
@@ -130,9 +131,8 @@ def _reproduce(contents: ReportContents) -> str:
     spec = ""
     if contents.spec:
         lines = "\n".join(f"{key} = {value!r}" for key, value in contents.spec.items())
-        name = "specification" if contents.kind == "search" else "settings"
         block = f'<div class="command"><pre><code>{escape(lines)}</code></pre></div>'
-        spec = f"<details><summary>The whole {name}</summary>{block}</details>"
+        spec = f"<details><summary>All settings</summary>{block}</details>"
     commands = _command("\n".join(contents.reproduce)) if contents.reproduce else ""
     return _section("How to reproduce this", commands + (f'<dl class="facts">{facts}</dl>' if facts else "") + spec)
 

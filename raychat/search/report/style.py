@@ -137,7 +137,8 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   body { background: #fff; font-size: 10pt; } main { max-width: none; padding: 0; }
   .copy, th button::after { display: none; } .scroll, .scroll.long { overflow: visible; border: 0; max-height: none; }
   .long thead th { position: static; box-shadow: none; } table { font-size: 8.2pt; }
-  th, td { padding: 3px 5px; } .runs td:nth-child(2), .runs td:last-child, td.text { min-width: 0; }
+  th, td { padding: 3px 5px; } .runs td:last-child, td.text { min-width: 0; }
+  .runs td:nth-child(2), .places td:nth-child(2) { min-width: 8.5rem; } td.text code { font-size: 8pt; }
   .pictures, .two { grid-template-columns: 1fr 1fr; gap: 10px; }
   .thirds { grid-template-columns: 1fr 1fr 1fr; } figure.wide { grid-column: 1 / -1; }
   h2 { break-after: avoid; } tr, .command { break-inside: avoid; } thead { display: table-header-group; }

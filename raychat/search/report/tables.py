@@ -341,8 +341,9 @@ def differences_table(contents: ReportContents) -> Table:
             by_value.setdefault(value, []).append(title)
         for value, titles in by_value.items():
             rows.append((difference.setting, difference.base, value, _listed(titles)))
-    heads = ("Setting", "Default", "Here", "In") if contents.kind == "run" else ("Setting", "Base", "Value", "In")
-    return plain_table(heads, rows)
+    if contents.kind == "run":
+        return plain_table(("Setting", "Default", "Here"), [row[:3] for row in rows])
+    return plain_table(("Setting", "Base", "Value", "In"), rows)
 
 
 def effects_table(contents: ReportContents) -> Table:

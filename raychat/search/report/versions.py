@@ -1,4 +1,4 @@
-"""What a report was made with: commit and versions."""
+"""What a report was made with: commit and versions. Runs that are older may have been made with others."""
 
 import importlib.metadata
 import platform
@@ -10,7 +10,7 @@ PACKAGES = ("torch", "ray", "mlflow", "numpy")
 
 def versions() -> dict[str, str]:
     """Name -> version of what is installed; the commit where the code lies in a checkout."""
-    found = {"raychat": _version("raychat"), "commit": commit(), "Python": platform.python_version()}
+    found = {"raychat": _version("raychat"), "commit of this report": commit(), "Python": platform.python_version()}
     found["packages"] = ", ".join(f"{name} {text}" for name in PACKAGES if (text := _version(name)))
     return {name: text for name, text in found.items() if text}
 
