@@ -34,6 +34,9 @@ def outcome_of(trial: Trial, config: Config, end: TrialEnd, *, memory_limit_byte
     peak = max(found.peak_memory_bytes or 0, end.over_memory_bytes)
     if end.over_memory_bytes != -1 or (status == "finished" and -1 < memory_limit_bytes < peak):
         status, reason = "OOM", _over_limit(peak, memory_limit_bytes)
+        found = replace(found, peak_memory_bytes=peak)
+    if status == "OOM":
+        found = replace(found, val_bpb=None)  # how far it came before that is chance
     if status == "finished" and config.eval.eval_every != -1 and found.val_bpb is None and config.run.stop_at == -1:
         status, reason = "diverged", "its validation loss is no number"
     return replace(found, status=status, reason=reason[:ERROR_CHARS])
