@@ -284,6 +284,40 @@ def test_questions_cost_what_such_runs_cost(contents):
     assert lost.runs == 1
 
 
+def test_a_sweep_begins_with_its_law_and_asks_for_what_it_lacks():
+    """Parameters ~ C^0.5 by construction; the smallest budget has its lowest loss below its smallest model."""
+    budgets, sizes = [1e13, 3e13, 1e14, 3e14, 1e15, 3e15], {2: 1e6, 3: 3e6, 4: 1e7, 6: 3e7}
+    base = {"preset": "d4-cpu", "target_flops": budgets[0], "num_iterations": -1, "depth": 2}
+    made = SearchSpec(
+        name="sweep",
+        base=base,
+        space={"target_flops": budgets, "depth": list(sizes)},
+        scheduler="none",
+        noise_repeats=0,
+    )
+    trials = []
+    for budget in budgets:
+        best = 2e6 * math.sqrt(budget / 3e13)
+        best = 3e5 if budget == budgets[0] else best
+        for depth, size in sizes.items():
+            arm = made.arm({"target_flops": budget, "depth": depth})
+            number = len(trials)
+            trial = Trial(
+                number=number, tag=f"s-{number}", title=arm.title, settings=arm.settings, arm=arm.name, seed=42
+            )
+            loss = (2 + 0.03 * math.log(size / best) ** 2) * (budget / 1e13) ** -0.05
+            outcome = finished(loss, parameters=int(size), tokens=int(budget / 6 / size), facts={})
+            trials.append((trial, outcome))
+    contents = search_contents(made, trials, Path("/nowhere"))
+    assert "parameters grow as C^0.50 and tokens as C^0.50" in contents.sentence
+    assert not contents.places
+    assert [q.text.split("?")[0] for q in contents.questions] == ["Which size is best for 1e13 FLOPs"]
+    assert "--target-flops=3e15" in contents.command
+    page = html_page(contents)
+    assert "Compute-optimal parameters and tokens" in page
+    assert "the baseline" not in "".join(Page(page).text)
+
+
 def test_a_search_without_results_has_a_report(tmp_path):
     for trials in ([], [(search()[0][0], None)], [(search()[0][0], Outcome(status="failed", reason="no disk"))]):
         made = search_contents(spec(), trials, tmp_path, going_on=True)

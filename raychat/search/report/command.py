@@ -50,4 +50,7 @@ def _flag(name: str, value: Any) -> str:
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
+    if isinstance(value, float):
+        short = f"{value:g}".replace("e+", "e")
+        value = short if float(short) == value else repr(value)
     return f"--{name}={value}"

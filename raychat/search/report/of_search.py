@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from raychat.search.book import SPEC, read_book
@@ -13,6 +12,7 @@ from raychat.search.fits import ScalingFit, fit_scaling
 from raychat.search.iso_flops import IsoFlops
 from raychat.search.pairing import Noise
 from raychat.search.ranking import Objective, Place, baseline_noise, ranking
+from raychat.search.report import words
 from raychat.search.report.command import pretrain_command
 from raychat.search.report.contents import Curve, Difference, Finding, Price, ReportContents, ReportRun
 from raychat.search.report.of_run import facts_of, now, reproduced
@@ -81,7 +81,7 @@ def search_contents(spec: SearchSpec, trials: Found, runs_dir: Path, *, going_on
         questions=sweep_questions(fit, spec, done) if fit else open_questions(spec, trials, places, noise, found),
         reproduce=reproduced(f"python jobs/search.py {SPEC}", spec.name),
         facts=facts_of(list(files.values())) | {"seeds": ", ".join(map(str, spec.seeds))},
-        notes=_notes(done),
+        notes=_notes(trials, going_on),
     )
 
 
@@ -189,13 +189,15 @@ def _digits(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _notes(done: Sequence[tuple[Trial, Outcome]]) -> tuple[str, ...]:
-    notes = []
+def _notes(trials: Found, going_on: bool) -> tuple[str, ...]:
+    notes, done = [], [(trial, outcome) for trial, outcome in trials if outcome is not None]
+    if len(done) < len(trials) and not going_on:
+        left = words.plural(len(trials) - len(done), "run")
+        notes.append(f"The search was interrupted: {left} without a result. jobs/search.py --resume goes on with it.")
     if any(trial.role == "fork" for trial, _ in done):
         notes.append("Forks start from one checkpoint of a common trunk: cost and time of a fork are those after it.")
     if any(trial.rung < 1 for trial, _ in done):
         notes.append("Rungs below 1 are complete shorter runs with their own schedule, not prefixes of longer ones.")
-    spent = [o.val_bpb for _, o in done if o.val_bpb is not None and o.status == "finished"]
-    if spent and fmean(spent) > 0 and any(o.core_metric is not None for _, o in done):
+    if any(o.core_metric is not None for _, o in done):
         notes.append("CORE is reported and not optimised: its noise is about 1%.")
     return tuple(notes)

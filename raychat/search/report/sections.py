@@ -93,7 +93,8 @@ def noise_sentence(contents: ReportContents) -> str:
     if noise is None or noise.sd is None:
         why = f" ({noise.source})" if noise else ""
         return f"The noise of a difference was not measured{why}: nothing is promoted without fresh seeds."
+    freedom = words.plural(noise.freedom, "degree")
     return (
-        f"Noise: a difference of two equal runs has a standard deviation of {noise.sd:.2%} of the score, from {noise.source} "
-        f"({words.plural(noise.freedom, 'degree')} of freedom); with one seed it counts beyond {noise.limit:.1f} of them."
+        f"Noise: a difference of two equal runs has a standard deviation of {100 * noise.sd:.2g}% of the score, from "
+        f"{noise.source} ({freedom} of freedom); with one seed it counts beyond {noise.limit:.1f} of them."
     )

@@ -130,7 +130,8 @@ def _run_cells(
     yield Cell(text=title, value=title)
     for column in measured:
         value = column.value(run.outcome) if run.outcome else None
-        yield Cell(text=column.show(value if isinstance(value, int | float) else None), value=value)
+        tone = "" if run.status == "finished" else "quiet"  # what a run had when it ended early is no result
+        yield Cell(text=column.show(value if isinstance(value, int | float) else None), value=value, tone=tone)
     for column in extra:
         yield Cell(text=f"{column.of(run):g}", value=column.of(run))
     yield result_cell(run, contents)
