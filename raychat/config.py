@@ -426,7 +426,7 @@ class Config:
         require(
             self.money.budget_usd == -1 or self.money.price_per_hour > 0 or bool(self.plan.machine),
             "--budget-usd needs a price: give --price-per-hour, in dollars for one machine, or --machine, a type of the price "
-            "table (python jobs/plan.py lists them).",
+            "table (python jobs/plan.py --list-prices).",
         )
 
     def flat(self) -> dict[str, Any]:
