@@ -68,7 +68,8 @@ td.text code { font-size: .84rem; }
 .scroll.long { max-height: min(44rem, 80vh); overflow: auto; }
 .long thead th { position: sticky; top: 0; background: var(--card); box-shadow: 0 1px 0 var(--rule); }
 .runs td:nth-child(2) { min-width: 12rem; }
-.runs td:last-child { min-width: 18rem; } .places td:nth-child(5) { min-width: 15rem; }
+.runs td:last-child { min-width: 18rem; }
+.places td:nth-child(2) { min-width: 11rem; } .places td:nth-child(5) { min-width: 15rem; }
 th button { all: unset; cursor: pointer; color: inherit; font: inherit; }
 th button:focus-visible { outline: 2px solid var(--accent); border-radius: 3px; }
 th button::after { content: "\\2195"; opacity: .4; padding-left: .3em; font-size: .85em; }
@@ -115,7 +116,7 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
 @media (max-width: 620px) {
   main { padding: 18px 14px 48px; }
   .broad { display: none; } .narrow { display: block; }
-  .command pre { padding: 48px 14px 14px; }
+  .command pre { padding: 48px 14px 14px; } .places td:nth-child(2) { min-width: 9rem; }
   th, td { padding: 6px 9px; } table { font-size: .84rem; }
   figure { padding: 12px 10px 10px; }
   .stack thead { display: none; }

@@ -7,9 +7,10 @@ from typing import Literal
 
 from raychat.search.report.axes import Axis
 
-FONT, SMALL = 12.0, 11.0
 DIGIT = 6.4
-"""width of a character of SMALL text, about; text is measured nowhere else"""
+"""width of a character of a tick, about; text is measured nowhere else"""
+BOLD = 7.4
+"""the same for the labels of marks"""
 Anchor = Literal["start", "middle", "end"]
 Spot = tuple[float, float]
 
@@ -98,7 +99,7 @@ class Picture:
     def label(self, x: float, y: float, text: str, style: str = "") -> bool:
         """Write `text` beside a value where nothing lies yet; False when there is no such place."""
         across, down = self.at(x, y)
-        wide = len(text) * DIGIT
+        wide = len(text) * BOLD
         below, level, above = down + 16, down + 4, down - 8
         places: list[tuple[float, float, Anchor]] = [  # below first: a front comes from above and leaves to the right
             (across - 7, below, "end"),
@@ -111,7 +112,7 @@ class Picture:
         ]
         for left, base, anchor in places:
             x0 = left - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
-            box = (x0, base - 10, x0 + wide, base + 3)
+            box = (x0 - 3, base - 10, x0 + wide + 3, base + 3)
             if self._free(box):
                 self.taken.append(box)
                 self.marks.append(
