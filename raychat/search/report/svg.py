@@ -53,7 +53,7 @@ class Picture:
         self.marks.append(f'<path class="line {style}" d="{path}">{_tip(tip)}</path>')
 
     def dot(self, x: float, y: float, style: str, tip: str = "", *, radius: float = 4.5, shape: str = "circle") -> None:
-        """A mark at a value: circle, diamond, square or cross."""
+        """A mark at a value: circle, diamond or cross."""
         across, down = self.at(x, y)
         r = radius
         self.taken.append((across - r, down - r, across + r, down + r))
@@ -63,7 +63,6 @@ class Picture:
             r *= 1.15
             corners = {
                 "diamond": f"M0 {-1.2 * r:.1f}L{1.2 * r:.1f} 0L0 {1.2 * r:.1f}L{-1.2 * r:.1f} 0Z",
-                "square": f"M{-0.85 * r:.1f} {-0.85 * r:.1f}h{1.7 * r:.1f}v{1.7 * r:.1f}h{-1.7 * r:.1f}Z",
                 "cross": f"M{-r:.1f} {-r:.1f}L{r:.1f} {r:.1f}M{-r:.1f} {r:.1f}L{r:.1f} {-r:.1f}",
             }[shape]
             kind = "line" if shape == "cross" else "dot"
@@ -76,11 +75,6 @@ class Picture:
         (x0, down), (x1, _) = self.at(low, y), self.at(high, y)
         ends = f"M{x0:.1f} {down:.1f}H{x1:.1f}M{x0:.1f} {down - 4:.1f}v8M{x1:.1f} {down - 4:.1f}v8"
         self.marks.append(f'<path class="line {style}" d="{ends}">{_tip(tip)}</path>')
-
-    def column(self, x: float, low: float, high: float, style: str) -> None:
-        """An upright error bar."""
-        (across, y0), (_, y1) = self.at(x, low), self.at(x, high)
-        self.marks.append(f'<path class="line {style}" d="M{across:.1f} {y0:.1f}V{y1:.1f}"/>')
 
     def band(self, points: Sequence[tuple[float, float, float]], style: str) -> None:
         """An area between (x, low, high)."""

@@ -49,11 +49,11 @@ class Table:
     """Rows under named columns."""
 
     columns: tuple[str, ...]
-    keys: tuple[str, ...]
-    """names of the columns in CSV, with units"""
     numeric: frozenset[str]
     """columns that are set to the right"""
     rows: tuple[tuple[Cell, ...], ...]
+    keys: tuple[str, ...] = ()
+    """names of the columns in CSV, with units, of a table that is written as such"""
     marked: frozenset[int] = frozenset()
     """rows of the final baseline"""
 
@@ -181,7 +181,6 @@ def places_table(contents: ReportContents) -> Table:
     columns = ("Place", "Configuration", "Score", "Against base", "Finding", *rung, "Seeds")
     return Table(
         columns=columns,
-        keys=columns,
         numeric=frozenset(columns) - {"Configuration", "Finding"},
         rows=tuple(rows),
         marked=frozenset(marked),
@@ -208,7 +207,6 @@ def hardware_table(contents: ReportContents) -> Table:
     columns = ("Shape", "MFU", "Step", "Tok/s", "Memory", "Status")
     return Table(
         columns=columns,
-        keys=("shape", "mfu_percent", "step_s", "tok_per_sec", "peak_memory_bytes", "status"),
         numeric=frozenset(columns) - {"Shape", "Status"},
         rows=rows,
     )
@@ -294,7 +292,6 @@ def ledger_table(contents: ReportContents) -> Table:
     )
     return Table(
         columns=("Account", "Time", "Share", "Cost"),
-        keys=("account", "seconds", "percent", "cost_usd"),
         numeric=frozenset({"Time", "Share", "Cost"}),
         rows=(*rows, total) if rows else (),
     )
@@ -304,7 +301,6 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: 
     """A table of words."""
     return Table(
         columns=tuple(columns),
-        keys=tuple(columns),
         numeric=frozenset(numeric),
         rows=tuple(tuple(Cell(text=text, value=text) for text in row) for row in rows),
     )
