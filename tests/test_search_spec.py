@@ -107,6 +107,15 @@ def test_flags_stand_over_the_file_and_merge_with_its_tables(tmp_path):
     assert load_spec(None, {"name": "a", "base": BASE, "space": {"depth": [2]}}).name == "a"
 
 
+def test_a_preset_beside_the_caller_is_found_from_elsewhere_too(tmp_path, monkeypatch):
+    (tmp_path / "own.toml").write_text("matrix_lr = 0.03\n")
+    monkeypatch.chdir(tmp_path)
+    written = to_toml(spec(base={"preset": "d4-cpu, own.toml"}))
+    monkeypatch.chdir("/")
+    again = read_spec(tomllib.loads(written))
+    assert (again.base_config.optim.matrix_lr, again.base_config.model.depth) == (0.03, 4)
+
+
 def test_literals_of_a_command_line_are_toml_or_text():
     assert literal("0.02") == 0.02
     assert literal("2,3") == [2, 3]

@@ -95,7 +95,8 @@ def _typed(field: "dataclasses.Field[Any]", value: Any) -> Any:
         return _objective(value)
     if name in ("base", "space"):
         require(isinstance(value, Mapping), f"{name} = {value!r} is a table: write [{name}] and its flags below it.")
-        return _underscored(value)
+        table = _underscored(value)
+        return table | {"preset": _placed(table["preset"])} if isinstance(table.get("preset"), str) else table
     if name in ("seeds", "rungs"):
         good = isinstance(value, list | tuple) and all(_is(v, int if name == "seeds" else float) for v in value)
         require(good, f"{name} = {value!r} is a list of numbers, for example {name} = {_EXAMPLES[name]}.")
@@ -135,6 +136,12 @@ def _objective(value: Any) -> Objective:
         "{best_under = {max_hours = 2.0}}.",
     )
     return Objective(kind=value)
+
+
+def _placed(presets: str) -> str:
+    """`presets` with absolute paths, so that the search goes on from any folder."""
+    parts = [part.strip() for part in presets.split(",")]
+    return ",".join(str(Path(part).absolute()) if part.endswith(".toml") else part for part in parts)
 
 
 def _limit(limits: Mapping[str, Any], name: str) -> float | None:
