@@ -356,7 +356,7 @@ def effects_table(contents: ReportContents) -> Table:
         for e in contents.effects
     ]
     columns = ("Value", "Against", "Effect", "Standard error", "From")
-    return Table(columns=columns, keys=columns, numeric=frozenset({"Effect", "Standard error"}), rows=tuple(rows))
+    return Table(columns=columns, numeric=frozenset({"Effect", "Standard error"}), rows=tuple(rows))
 
 
 def optima_table(fit: ScalingFit) -> Table:
