@@ -11,7 +11,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace `path` with `text` at once: a crash leaves the old file or the new one, never a half."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
