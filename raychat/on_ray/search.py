@@ -9,8 +9,8 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from raychat.planning.devices import plan_name
 from raychat.planning.target import Target, resolve_target
 from raychat.search.book import Book, search_dir
 from raychat.search.drafts import draft
+from raychat.search.limits import limit_reached
 from raychat.search.report import write_report
 from raychat.search.report.of_search import search_contents
 from raychat.search.spec import SearchSpec
@@ -41,6 +42,7 @@ from raychat.search.strategy import Strategy, make_strategy
 from raychat.tracking.tracking_uri import default_tracking_uri, store_error
 
 REPORT_EVERY_S = 30.0
+RUNNING = ".running"
 ACTOR_FAILURES = 2
 """times that the actor of a trial may die before the trial is given up"""
 TUNE_ENVIRONMENT = {
@@ -60,7 +62,7 @@ class SearchLostError(RaychatError):
 
 
 def run(spec: SearchSpec, *, script: Path, echo: Echo, strategy: Strategy | None = None) -> bool:
-    """Make the search to its end, or until it is told to stop; whether any of its runs has a result.
+    """Make the search to its end, or until it is told to stop. False: it is over, and none of its runs has a result.
 
     A search of this name that was begun before goes on. `script` is jobs/pretrain.py.
 
@@ -72,7 +74,7 @@ def run(spec: SearchSpec, *, script: Path, echo: Echo, strategy: Strategy | None
         book = stack.enter_context(Book.open(search_dir(base.base_dir, spec.name), spec, echo))
         echo(f"search {spec.name}: {book.folder}")
         cluster = stack.enter_context(clusters.connect(_with_room(spec), echo=echo))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raychat-search-")))
+        folder = stack.enter_context(_private_folder(book.folder / RUNNING))
         stopped = stack.enter_context(_stop_on_signals(folder / STOP))
         tracking = _tracking(spec, book, echo)
         reporting = _Reporting(book, tracking, echo)
@@ -97,7 +99,7 @@ def run(spec: SearchSpec, *, script: Path, echo: Echo, strategy: Strategy | None
                 f"Another process goes on with the search in {book.folder}; this one writes nothing more."
             )
         _say_end(steering, bool(stopped), echo)
-        return any(outcome.status == "finished" for outcome in book.done.values())
+        return bool(stopped) or any(outcome.status == "finished" for outcome in book.done.values())
 
 
 def workers_of(config: Config, cluster: Cluster) -> int:
@@ -212,6 +214,17 @@ def _on_tune(steering: Steering, folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def _private_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that nobody else reads, for as long as the block runs: the commands of trials may hold credentials."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a search that was killed
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def _stop_on_signals(stop_file: Path) -> Iterator[list[int]]:
     """A list that is no longer empty after SIGTERM or Ctrl-C; trials see `stop_file`. A second Ctrl-C ends at once."""
     asked: list[int] = []
@@ -314,4 +327,6 @@ def _say_end(steering: Steering, stopped: bool, echo: Callable[[str], None]) -> 
         echo(f"stopped: {steering.standing()}. jobs/search.py --resume {book.spec.name} goes on")
         return
     why = steering.strategy.why_finished(book.done)
+    if not why and not steering.strategy.finished(book.done):
+        why = limit_reached(book.spec, book.done, hours=book.hours)
     echo(f"finished: {steering.standing()}" + (f" ({why})" if why else ""))

@@ -97,8 +97,7 @@ class Steering:
         book = self.book
         outcome = order = config = None
         try:
-            target = self.target(book.spec.config(trial))
-            outcome = foreseen(book.spec, trial, book.contents.runs(), target)
+            outcome = self._foreseen(trial)
             if outcome is None:
                 config = self.orders.config(trial)
                 order = self.orders.order(trial, config)
@@ -115,6 +114,14 @@ class Steering:
         self.echo(f"{trial.tag} started: {describe(trial)}{again}")
         return order
 
+    def _foreseen(self, trial: Trial) -> Outcome | None:
+        """The outcome of `trial` where it is known without running it."""
+        try:
+            target = self.target(self.book.spec.config(trial))
+        except ConfigError as error:
+            return Outcome(status="infeasible", reason=str(error))
+        return foreseen(self.book.spec, trial, self.book.contents.runs(), target)
+
     def _enter(self, trial: Trial, outcome: Outcome) -> None:
         if self.book.lost:  # another process goes on with this search, and makes this trial again
             return
@@ -125,7 +132,8 @@ class Steering:
     def standing(self) -> str:
         """How far the search is, in a line."""
         book = self.book
-        waiting = [] if self.stop_asked() else self.strategy.propose(book.done, self.open)
+        proposed = [] if self.stop_asked() else self.strategy.propose(book.done, self.open)
+        waiting = [trial for trial in proposed if self._foreseen(trial) is None]
         facts = [f"{len(book.done)} done"]
         if self.open:
             facts.append(f"{len(self.open)} running")
