@@ -87,7 +87,7 @@ def test_memory_beyond_the_limit_is_oom_whether_it_was_seen_in_time_or_at_the_en
     )
     assert (seen.status, seen.reason) == (
         "OOM",
-        "a worker used 2.00 GB, over the limit of 1.5 GB (memory_limit_gb)",
+        "a worker used more than the 1.5 GB of memory_limit_gb",
     )
     leave(config, "finished", peak_memory_bytes=2 * 10**9)
     assert outcome_of(trial_of(), config, TrialEnd(exit_code=0), memory_limit_bytes=15 * 10**8) == seen

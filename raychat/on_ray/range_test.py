@@ -46,7 +46,7 @@ def range_config(config: Config, *, steps: int, most: float) -> Config:
         "core_metric_every": -1,
         "sample_every": -1,
         "save_every": -1,
-        "log_every": max(1, steps // 10),
+        "log_every": 1,
     }
     return Config.from_flat(values, config)
 
@@ -59,7 +59,7 @@ def run(config: Config, *, steps: int, most: float, echo: Callable[[str], None])
     """
     test = range_config(config, steps=steps, most=most)
     try:
-        driver.run(test, echo=echo)
+        driver.run(test, echo=lambda line: None if line.startswith("step ") else echo(line))  # a point of each step
     except WorkerError as error:
         if DIVERGED not in str(error):
             raise

@@ -28,12 +28,12 @@ WRITTEN = re.compile(r"^written to (.+)$", re.MULTILINE)
 def outcome_of(trial: Trial, config: Config, end: TrialEnd, *, memory_limit_bytes: int = -1) -> Outcome:
     """The outcome of `trial`, which ran as `config` and was not told to stop by its search."""
     if trial.role == "rehearsal":
-        return _of_rehearsal(config, end)
+        return _of_rehearsal(config, end, memory_limit_bytes)
     found, summary = _known(config), _summary(config)
     status, reason = _status(config, end, summary)
     peak = max(found.peak_memory_bytes or 0, end.over_memory_bytes)
     if end.over_memory_bytes != -1 or (status == "finished" and -1 < memory_limit_bytes < peak):
-        status, reason = "OOM", _over_limit(peak, memory_limit_bytes)
+        status, reason = "OOM", _over_limit(memory_limit_bytes)
         found = replace(found, peak_memory_bytes=peak)
     if status == "OOM":
         found = replace(found, val_bpb=None)  # how far it came before that is chance
@@ -86,8 +86,9 @@ def _error(end: TrialEnd) -> str:
     return end.error or f"{word}: {lines[-1] if lines else 'no word of a cause'}"
 
 
-def _over_limit(peak: int, limit: int) -> str:
-    return f"a worker used {peak / 1e9:.2f} GB, over the limit of {limit / 1e9:g} GB (memory_limit_gb)"
+def _over_limit(limit: int) -> str:
+    """Without what it used, which is chance beyond the limit, and stands in the outcome besides."""
+    return f"a worker used more than the {limit / 1e9:g} GB of memory_limit_gb"
 
 
 def _summary(config: Config) -> Summary | None:
@@ -144,7 +145,7 @@ def _known(config: Config) -> Outcome:
     )
 
 
-def _of_rehearsal(config: Config, end: TrialEnd) -> Outcome:
+def _of_rehearsal(config: Config, end: TrialEnd, memory_limit_bytes: int) -> Outcome:
     """A short run leaves a plan with what it measured, and no run directory."""
     plan, shape = recipe(config), model_shape(config.model)
     measured: dict[str, Any] = {}
@@ -160,9 +161,8 @@ def _of_rehearsal(config: Config, end: TrialEnd) -> Outcome:
         parameters=param_counts(shape).scaling,
     )
     if end.over_memory_bytes != -1:
-        return replace(
-            found, status="OOM", reason=f"a worker used {end.over_memory_bytes / 1e9:.2f} GB in its rehearsal"
-        )
+        peak = end.over_memory_bytes
+        return replace(found, status="OOM", reason=_over_limit(memory_limit_bytes), peak_memory_bytes=peak)
     if end.exit_code == 0:
         return found
     if measured and end.exit_code == BAD_INPUT:  # it ran, and what it measured is beyond a limit
