@@ -48,14 +48,14 @@ def train(packing: str, seed: int, args: argparse.Namespace) -> Path:
     return Path(args.base_dir) / "runs" / tag
 
 
-def val_bpb(run: Path, tokens: Path) -> float:
-    """Bits per byte of the last checkpoint of `run` on the validation rows in `tokens`."""
+def val_bpb(run: Path, tokens: Path, eval_tokens: int) -> float:
+    """Bits per byte of the last checkpoint of `run` on the first validation rows in `tokens`."""
     request = Request(
         source=find_source(path=str(run)),
         kinds=("bpb",),
         core=None,
         tokens_dir=str(tokens),
-        eval_tokens=2**30,
+        eval_tokens=eval_tokens,
         device_batch_size=8,
     )
     found = evaluate_source(World(), request).bpb
@@ -76,6 +76,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", default="42,43,44", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=600, help="default: %(default)s")
     parser.add_argument("--total-batch-size", type=int, default=4096, help="tokens; default: %(default)s")
+    parser.add_argument(
+        "--eval-tokens", type=int, default=262_144, help="of each validation split; default: %(default)s"
+    )
     args = parser.parse_args(argv)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     runs = {(packing, seed): train(packing, seed, args) for seed in seeds for packing in PACKINGS}
@@ -83,7 +86,7 @@ def main(argv: list[str]) -> int:
     head = " | ".join(f"on the rows of {rows}" for rows in PACKINGS)
     sys.stdout.write(f"| trained with | seed | {head} |\n|---|---|---|---|\n")
     for packing in PACKINGS:
-        found = [[val_bpb(runs[packing, seed], tokens[rows]) for rows in PACKINGS] for seed in seeds]
+        found = [[val_bpb(runs[packing, seed], tokens[rows], args.eval_tokens) for rows in PACKINGS] for seed in seeds]
         for seed, values in zip(seeds, found, strict=True):
             sys.stdout.write(f"| {packing} | {seed} | {' | '.join(f'{value:.4f}' for value in values)} |\n")
         means = [statistics.mean(column) for column in zip(*found, strict=True)]
