@@ -33,7 +33,7 @@ def parse(args: Sequence[str], *, prog: str, description: str) -> Config:
     names = _flag_values(args, "--preset")
     _refuse_both_warmups(args)
     base = load_presets(names[-1]) if names else Config()
-    cleared = _other_warmup_cleared({flag for flag in WARMUPS if _flag_values(args, f"--{flag.replace('_', '-')}")})
+    cleared = other_warmup_cleared({flag for flag in WARMUPS if _flag_values(args, f"--{flag.replace('_', '-')}")})
     base = Config.from_flat(cleared, base)
     return tyro.cli(
         Config,
@@ -51,7 +51,7 @@ def load_presets(names: str) -> Config:
     values: dict[str, Any] = {}
     for name in filter(None, (part.strip() for part in names.split(","))):
         layer = _read_preset(name)
-        values |= _other_warmup_cleared(layer.keys() & WARMUPS) | layer
+        values |= other_warmup_cleared(layer.keys() & WARMUPS) | layer
     try:
         return Config.from_flat(values | {"preset": names})
     except ConfigError as error:
@@ -128,7 +128,7 @@ def _with_dry_run_steps(args: Sequence[str]) -> list[str]:
     return given
 
 
-def _other_warmup_cleared(given: AbstractSet[str]) -> dict[str, Any]:
+def other_warmup_cleared(given: AbstractSet[str]) -> dict[str, Any]:
     """A layer that says how to warm up takes the place of what the layers below it said."""
     return dict.fromkeys(WARMUPS - given, -1) if given else {}
 

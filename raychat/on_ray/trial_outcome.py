@@ -11,7 +11,7 @@ from raychat.config import Config
 from raychat.errors import RaychatError
 from raychat.on_ray.trial_process import TrialEnd
 from raychat.planning import model_shape, param_counts, recipe
-from raychat.search.trial import Outcome, Status, Trial
+from raychat.search.trial import Outcome, Status, Trial, outcome_of_summary
 from raychat.tracking.journal import read_journal
 from raychat.tracking.run_table import JOURNAL, last_turn
 from raychat.tracking.summary import Summary
@@ -126,23 +126,8 @@ def _known(config: Config) -> Outcome:
         "train_loss": summary.train_loss,
         "mlflow_run_id": summary.mlflow_run_id,
     }
-    return Outcome(
-        status="failed",
-        val_bpb=summary.val_bpb,
-        core_metric=summary.core_metric,
-        wall_s=summary.wall_time_s,
-        cost_usd=summary.cost_usd,
-        mfu=summary.mfu,
-        tok_per_sec=summary.tok_per_sec,
-        step_s=step_s,
-        peak_memory_bytes=summary.peak_memory_bytes,
-        tokens=summary.tokens,
-        flops=summary.flops,
-        preemptions=summary.preemptions,
-        replayed_s=summary.replayed_s,
-        facts={name: value for name, value in facts.items() if value is not None},
-        **fixed,
-    )
+    told = {name: value for name, value in facts.items() if value is not None}
+    return outcome_of_summary(summary, "failed", step_s=step_s, facts=told, **fixed)
 
 
 def _of_rehearsal(config: Config, end: TrialEnd, memory_limit_bytes: int) -> Outcome:

@@ -148,6 +148,7 @@ def _batch(config: Config, shape: scaling.ModelShape, outlook: Outlook, target: 
     rank_rows = -(-rows // target.workers)
     dividing = [2**k for k in range(rows.bit_length()) if rows % 2**k == 0]
     sizes = sorted({*batch_sizes(config, target), chosen})
+    pace = _pace(config, outlook, target)
     return {
         "total_batch_size": recipe.total_batch_size,
         "rows": rows,
@@ -158,7 +159,7 @@ def _batch(config: Config, shape: scaling.ModelShape, outlook: Outlook, target: 
         "passes_on_one_device": rows // chosen,
         "device_batch_sizes_that_divide": dividing,
         "impossible": _impossible(recipe.total_batch_size, T, chosen),
-        "sizes": [_size(config, size, outlook, target) for size in sizes],
+        "sizes": [_size(config, size, outlook, target, pace) for size in sizes],
     }
 
 
@@ -171,18 +172,31 @@ def _impossible(total: int, T: int, chosen: int) -> str | None:
     return f"{size} is impossible: {total:,} / ({size} x {T:,}) = {passes:.2f} passes"
 
 
-def _size(config: Config, size: int, outlook: Outlook, target: Target) -> dict[str, Any]:
-    """One device batch size: passes of each rank, memory, and the time of a step."""
+def _pace(config: Config, outlook: Outlook, target: Target) -> float | None:
+    """Step time of `outlook`, measured or forecast, over its forecast; None: there is none to compare with."""
+    forecast = look_ahead(config, target, data=outlook.data).time
+    return outlook.time.step_s.mid / forecast.step_s.mid if outlook.time and forecast else None
+
+
+def _size(config: Config, size: int, outlook: Outlook, target: Target, pace: float | None) -> dict[str, Any]:
+    """One device batch size: passes of each rank, memory, and the time of a step.
+
+    A step that was measured says what it says of the other sizes too: their forecasts are scaled by `pace`.
+    """
     sized = dataclasses.replace(config, batch=dataclasses.replace(config.batch, device_batch_size=size))
     rank_rows = -(-outlook.recipe.total_batch_size // config.model.max_seq_len // target.workers)
     total = memory_of(sized, target).total
-    time = outlook.time if size == config.batch.device_batch_size else look_ahead(sized, target, data=outlook.data).time
+    if size == config.batch.device_batch_size:
+        step_s = outlook.time.step_s if outlook.time else None
+    else:
+        time = look_ahead(sized, target, data=outlook.data).time
+        step_s = time.step_s.scaled(pace) if time and pace else None
     return {
         "device_batch_size": size,
         "passes": -(-rank_rows // size),
         "memory_bytes": total,
         "fits": fits(total, target),
-        "step_s": time.step_s.as_list() if time else None,
+        "step_s": step_s.as_list() if step_s else None,
     }
 
 

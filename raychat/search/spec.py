@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from raychat.checks import require
-from raychat.cli import WARMUPS, load_presets
+from raychat.cli import WARMUPS, load_presets, other_warmup_cleared
 from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.planning import recipe
@@ -101,7 +101,7 @@ class SearchSpec:
         values = {name.replace("-", "_"): value for name, value in self.base.items()}
         try:
             layer = load_presets(str(values.pop("preset", "")))
-            return Config.from_flat(_one_warmup(values), layer)
+            return Config.from_flat(other_warmup_cleared(WARMUPS & values.keys()) | values, layer)
         except ConfigError as error:
             raise ConfigError(f"In [base]: {error}") from error
 
@@ -138,7 +138,8 @@ class SearchSpec:
         Raises:
             ConfigError: where the settings cannot be together: the trial is infeasible.
         """
-        values = _one_warmup({**trial.settings, "model_tag": trial.tag, "seed": trial.seed})
+        values = {**trial.settings, "model_tag": trial.tag, "seed": trial.seed}
+        values = other_warmup_cleared(WARMUPS & values.keys()) | values
         config = Config.from_flat(values, self.base_config)
         run, money = config.run, config.money
         if self.scheduler == "asha" and trial.rung < 1:
@@ -274,12 +275,6 @@ def _shorter(config: Config, share: float) -> Config:
     else:
         horizon = replace(horizon, target_param_data_ratio=horizon.target_param_data_ratio * share)
     return replace(config, horizon=horizon)
-
-
-def _one_warmup(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with the other way to say the warm-up turned off: a layer replaces what the one below said."""
-    given = WARMUPS & values.keys()
-    return (dict.fromkeys(WARMUPS - given, -1) if given else {}) | dict(values)
 
 
 def _plain_objective(objective: Objective) -> Any:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raychat.tracking.summary import Summary
+
 Status = Literal[
     "finished", "stopped early", "diverged", "OOM", "preempted", "too slow", "infeasible", "failed", "over budget"
 ]
@@ -55,3 +57,23 @@ class Outcome:
     replayed_s: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     """whatever else a report may show"""
+
+
+def outcome_of_summary(summary: Summary, status: Status, reason: str = "", **others: Any) -> Outcome:
+    """What `summary` says of a run that came to `status`; `others` are the fields that it does not tell."""
+    return Outcome(
+        status=status,
+        reason=reason,
+        val_bpb=summary.val_bpb,
+        core_metric=summary.core_metric,
+        wall_s=summary.wall_time_s,
+        cost_usd=summary.cost_usd,
+        mfu=summary.mfu,
+        tok_per_sec=summary.tok_per_sec,
+        peak_memory_bytes=summary.peak_memory_bytes,
+        tokens=summary.tokens,
+        flops=summary.flops,
+        preemptions=summary.preemptions,
+        replayed_s=summary.replayed_s,
+        **others,
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 from raychat.errors import DataError
 from raychat.search.report.contents import Curve, Interruption, Point, Price
-from raychat.search.trial import Outcome, Status
+from raychat.search.trial import Outcome, Status, outcome_of_summary
 from raychat.tracking.figures import moving_average
 from raychat.tracking.journal import is_metrics, records_from
 from raychat.tracking.ledger import Ledger, ledger
@@ -87,23 +87,13 @@ def outcome_of(files: RunFiles) -> Outcome | None:
     status, reason = _status(summary)
     tokens_per_second = summary.tok_per_sec
     batch = (files.config.get("recipe") or {}).get("total_batch_size")
-    return Outcome(
-        status=status,
-        reason=reason,
-        val_bpb=summary.val_bpb,
-        core_metric=summary.core_metric,
-        wall_s=summary.wall_time_s,
-        cost_usd=summary.cost_usd,
-        mfu=summary.mfu,
-        tok_per_sec=tokens_per_second,
+    return outcome_of_summary(
+        summary,
+        status,
+        reason,
         step_s=batch / tokens_per_second if batch and tokens_per_second else None,
-        peak_memory_bytes=summary.peak_memory_bytes,
-        tokens=summary.tokens,
-        flops=summary.flops,
         num_iterations=summary.num_iterations,
         parameters=((files.plan.get("model") or {}).get("parameters") or {}).get("scaling"),
-        preemptions=summary.preemptions,
-        replayed_s=summary.replayed_s,
         facts={name: files.settings.get(name) for name in ("depth", "device_batch_size")},
     )
 
