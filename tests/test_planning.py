@@ -271,6 +271,22 @@ def test_what_was_measured_takes_the_place_of_the_forecast(a100):
     assert "30.0 GiB of 40.0 GiB, measured (calculated: 21." in format_plan(plan)
 
 
+def test_a_measured_step_scales_those_of_the_other_batch_sizes(a100):
+    before, after = make_plan(a100), make_plan(a100, measured=Measured(step_s=3.54))
+    ratio = 3.54 / before["time"]["step_s"][1]
+    for one, other in zip(before["batch"]["sizes"], after["batch"]["sizes"], strict=True):
+        assert other["step_s"][1] == pytest.approx(ratio * one["step_s"][1])
+
+
+def test_a_step_measured_where_no_speed_is_known_says_nothing_of_other_sizes(tmp_path):
+    config = with_values(load_presets("l4_d6"), base_dir=str(tmp_path))
+    nameless = dataclasses.replace(resolve_target(config), gpu="Abacus 3000", peak=None, memory_bytes=None)
+    plan = make_plan(config, target=nameless, measured=Measured(step_s=2.0))
+    chosen = plan["batch"]["device_batch_size"]
+    timed = {size["device_batch_size"]: size["step_s"][1] for size in plan["batch"]["sizes"] if size["step_s"]}
+    assert timed == {chosen: 2.0}
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_plan_is_plain_values_and_fits_the_terminal(name, tmp_path):
     plan = make_plan(with_values(load_presets(name), base_dir=str(tmp_path), max_hours=2.0))
