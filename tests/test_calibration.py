@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from raychat.errors import ConfigError
 from raychat.planning.calibration import calibrate, calibrate_runs
 from raychat.planning.efficiency import core_rate, mfu_range
 
@@ -85,10 +86,27 @@ def test_what_is_written_is_what_forecasts_read(tmp_path):
     assert mfu_range("a100-40gb", 10, fp8=False, calibration=file, **known).percent.mid == pytest.approx(33.0)
     assert core_rate("float32", depth=4, width=256, calibration=file).flops.mid == pytest.approx(4e10)
     assert "a100-40gb d10 bfloat16: 33 (33 to 33)% MFU, 1 run" in lines
-    assert "forecast of time_s: off by +5% (+5% to +5%, 2 runs)" in lines
+    assert "forecast of time: off by +5% (+5% to +5%, 2 runs)" in lines
+
+
+@pytest.mark.parametrize(
+    ("part", "content"),
+    [("config", {"recipe": {}, "config": {}, "resolved": CPU}), ("summary", {"step": 30, "tok_per_sec": "fast"})],
+)
+def test_a_run_with_damaged_files_is_left_out_and_the_others_count(part, content):
+    found = calibrate([a_run("odd", resolved=CPU) | {part: content}, a_run("good")], as_of="")
+    assert "damaged" in found.left_out["odd"]
+    assert [entry["n"] for entry in found.entries] == [1]
+    assert found.off == {"time_s": [5.0]}
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no runs in .*elsewhere to calibrate with: give the --base-dir"):
+        calibrate_runs(tmp_path, tmp_path / "elsewhere", lambda line: None)
 
 
 def test_no_runs_write_nothing(tmp_path):
+    (tmp_path / "runs").mkdir()
     lines = []
     calibrate_runs(tmp_path, tmp_path / "runs", lines.append)
     assert "nothing is written" in lines[-1]

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from raychat.atomic import write_json
+from raychat.errors import ConfigError
 from raychat.planning.devices import plan_name
 from raychat.planning.efficiency import CALIBRATION
+from raychat.planning.hindsight import LABELS
 
 LEAST_STEPS = 20  # of a run that says something: the first ten warm caches up
 CHECKED = ("time_s", "steps_s", "evaluation_s", "startup_s", "memory_bytes", "tok_per_sec", "cost_usd")
@@ -40,20 +42,32 @@ def calibrate(runs: Iterable[Mapping[str, Any]], *, as_of: str) -> Calibration:
     off: dict[str, list[float]] = defaultdict(list)
     left_out = {}
     for run in runs:
-        found = _rate(run)
+        try:
+            found, errors = _rate(run), _off(run["summary"])
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # files that somebody has edited
+            found, errors = "its config.json, summary.json or plan.json is damaged", {}
         if isinstance(found, str):
             left_out[run["name"]] = found
             continue
         key, rate = found
         rates[key].append(rate)
-        for name, value in _off(run["summary"]).items():
+        for name, value in errors.items():
             off[name].append(value)
     entries = [_entry(key, sorted(values), as_of) for key, values in sorted(rates.items())]
     return Calibration(entries=entries, off=dict(off), left_out=left_out)
 
 
 def calibrate_runs(base_dir: Path, runs_dir: Path, echo: Callable[[str], None]) -> Calibration:
-    """Fit the runs in `runs_dir`, write `calibration.json` to `base_dir` if there are any, and tell what was found."""
+    """Fit the runs in `runs_dir`, write `calibration.json` to `base_dir` if there are any, and tell what was found.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not runs_dir.is_dir():
+        raise ConfigError(
+            f"There are no runs in {runs_dir} to calibrate with: give the --base-dir (or --storage-path) that they were "
+            f"trained with, or train one of {LEAST_STEPS} steps or more first."
+        )
     runs = [run for folder in sorted(runs_dir.glob("*")) if (run := _read(folder))]
     found = calibrate(runs, as_of=time.strftime("%Y-%m-%d", time.gmtime()))
     for name, why in found.left_out.items():
@@ -66,7 +80,7 @@ def calibrate_runs(base_dir: Path, runs_dir: Path, echo: Callable[[str], None]) 
         echo(_told(entry))
     for name, values in found.off.items():
         echo(
-            f"forecast of {name}: off by {statistics.median(values):+.0f}% "
+            f"forecast of {LABELS[name][0].strip()}: off by {statistics.median(values):+.0f}% "
             f"({min(values):+.0f}% to {max(values):+.0f}%, {_runs(len(values))})"
         )
     echo(f"written to {base_dir / CALIBRATION}: forecasts of this base directory use it from now on")
