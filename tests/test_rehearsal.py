@@ -19,6 +19,7 @@ from raychat.training.rehearsal import (
     LEAST_SPREAD,
     Rehearsal,
     RehearsalStoppedError,
+    describe,
     measure,
     short_config,
     steps_only,
@@ -189,6 +190,13 @@ def test_step_time_is_the_median_after_warm_up_and_the_warm_up_is_start_up():
     assert (found.step_s, found.startup_s) == (1.0, 10.0)
     assert found.step_spread == LEAST_SPREAD
     assert (found.save_s, found.save_stall_s, found.eval_tok_per_sec) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("times", "words"), [([1] * 12, "half of them within 3%"), ([1, 3] * 6, "the forecast is rough")]
+)
+def test_what_is_told_of_the_step_says_how_even_the_pace_was(times, words):
+    assert words in describe(measure(Summary(status="finished"), [], records(*times), eval_tokens=0))[1]
 
 
 def test_one_step_is_enough():

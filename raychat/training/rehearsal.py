@@ -180,7 +180,7 @@ def measure(
 def describe(measured: Measured) -> list[str]:
     """What was measured, for the console."""
     facts = {
-        "step": (measured.step_s, "{:.4g} s (median; half of them within " + f"{measured.step_spread:.0%})"),
+        "step": (measured.step_s, "{:.4g} s (median" + _pace(measured) + ")"),
         "memory": (measured.peak_memory_bytes and measured.peak_memory_bytes / 2**30, "{:.2f} GiB, the peak of a rank"),
         "save": (measured.save_s, "{:.3g} s" + _stall(measured)),
         "evaluation": (measured.eval_tok_per_sec, "{:,.0f} tok/s"),
@@ -188,6 +188,13 @@ def describe(measured: Measured) -> list[str]:
     }
     lines = [f"  {name:<11} {text.format(value)}" for name, (value, text) in facts.items() if value is not None]
     return ["measured", *lines]
+
+
+def _pace(measured: Measured) -> str:
+    spread = measured.step_spread
+    if spread >= MOST_SPREAD:
+        return f"; half of them differ by {spread:.0%} and more: the machine does something else too, and the forecast is rough"
+    return f"; half of them within {spread:.0%}"
 
 
 def _stall(measured: Measured) -> str:
