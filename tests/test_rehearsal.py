@@ -11,7 +11,9 @@ from runs import after, run_here
 from raychat import cli
 from raychat.data.prepare import make_in_process, prepare
 from raychat.errors import ConfigError
+from raychat.planning import make_plan
 from raychat.planning.duration import Measured
+from raychat.planning.plan import MADE
 from raychat.tracking.journal import read_journal
 from raychat.tracking.summary import Summary
 from raychat.training import __main__ as module
@@ -92,6 +94,14 @@ def test_a_resumed_run_keeps_its_first_forecast(own_config):
     ran = run_here(own_config(save_every=2, device_batch_size=4))
     assert (config.run_dir / "plan.json").read_bytes() == first
     assert ran.summary.forecast["step"] == 4
+
+
+def test_a_forecast_of_another_model_is_made_again(own_config):
+    config = own_config()  # the run of this name that was begun before had another depth, and no save
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "plan.json").write_text(json.dumps(make_plan(own_config(depth=3)) | {MADE: {}}))
+    run_here(config)
+    assert json.loads((config.run_dir / "plan.json").read_text())["model"]["depth"] == config.model.depth
 
 
 def test_a_dry_run_beside_a_run_does_not_touch_it(call, tmp_path):

@@ -37,7 +37,7 @@ class Forecast:
     ) -> None:
         self.config, self.data, self.on_ray, self.echo = config, data, on_ray, echo
         self.path = run_dir / "plan.json"
-        self.plan: dict[str, Any] | None = _made(self.path)
+        self.plan: dict[str, Any] | None = _made(self.path, config)
         self._ranks, self._nodes = 1, 1
 
     def begin(self, *, world_size: int, nodes: int) -> None:
@@ -153,11 +153,15 @@ def target_of(config: Config, resolved: Mapping[str, Any], *, ranks: int, nodes:
     )
 
 
-def _made(path: Path) -> dict[str, Any] | None:
-    """The forecast that the run at `path` was begun with, or None."""
-    with contextlib.suppress(OSError, ValueError):
-        plan = json.loads(path.read_bytes())
-        return plan if isinstance(plan, dict) and MADE in plan else None
+def _made(path: Path, config: Config) -> dict[str, Any] | None:
+    """The forecast that the run at `path` was begun with; None, too, for one of another model or batch.
+
+    A run that ended before its first save may begin again with other settings.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+        plan, now = json.loads(path.read_bytes()), recipe(config)
+        made = plan["model"]["flops_per_token"], plan["batch"]["total_batch_size"]
+        return plan if MADE in plan and made == (float(now.flops_per_token), now.total_batch_size) else None
     return None
 
 
