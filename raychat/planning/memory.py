@@ -67,12 +67,13 @@ def forecast_memory(
     compiled: bool,
     fp8: bool = False,
     host_copy: bool = False,
+    libraries: int = 0,
 ) -> MemoryForecast:
     """Peak memory of training `shape` in passes of `device_batch_size` of a rank's `rows_per_rank` sequences.
 
     On a CPU the whole process counts, as its resident memory does; on CUDA what torch allocates. `fp8` changes nothing:
     torchao saves the inputs of its layers in the compute dtype. `host_copy`: on a CPU, what a save in the background
-    writes is there beside it, from the first save on.
+    writes is there beside it, from the first save on. `libraries`: bytes that a CPU's process holds beside torch.
     """
     run = TrainingPass(
         shape=shape,
@@ -91,8 +92,8 @@ def forecast_memory(
             _update(shape, dtype, device, workers),
         )
     ]
-    copied = sum(static.values()) if host_copy and device == "cpu" else 0
-    return max((_with_overhead(moment, run, copied) for moment in moments), key=lambda moment: moment.total)
+    beside = libraries + (sum(static.values()) if host_copy else 0) if device == "cpu" else 0
+    return max((_with_overhead(moment, run, beside) for moment in moments), key=lambda moment: moment.total)
 
 
 def largest_batch(shape: ModelShape, *, rows: int, memory_bytes: int, rows_per_rank: int, **setting: Any) -> int | None:
@@ -227,10 +228,10 @@ def _update(shape: ModelShape, dtype: str, device: str, workers: int) -> dict[st
     }
 
 
-def _with_overhead(moment: MemoryForecast, run: TrainingPass, copied: int) -> MemoryForecast:
+def _with_overhead(moment: MemoryForecast, run: TrainingPass, beside: int) -> MemoryForecast:
     """`moment` with what is not the model's: workspaces on CUDA; on a CPU the process, the holes of its heap, a save."""
     parts = dict(vars(moment))
-    parts["overhead"] += copied
+    parts["overhead"] += beside
     if run.device == "cuda":
         parts["overhead"] += CUDA_WORKSPACE
     else:

@@ -11,6 +11,10 @@ from raychat.planning.memory import SHARE, MemoryForecast, forecast_memory, larg
 from raychat.planning.money import MoneyForecast, forecast_money
 from raychat.planning.target import Target, plan_compiled, plan_dtype, plan_loss, refuse_fp8
 
+# Resident memory of a run on a CPU that a process with torch alone has not: pyarrow, tiktoken, on Ray its worker. Seen
+# in runs of 0.5 to 1 GB: 40 to 110 MB without Ray, 160 to 190 MB on it (docs/memory.md).
+LIBRARIES = 140_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
@@ -92,4 +96,6 @@ def _memory_settings(config: Config, target: Target, loss: Literal["full", "chun
         "grad_checkpoint": config.precision.grad_checkpoint,
         "compiled": plan_compiled(config, target),
         "fp8": config.precision.fp8,
+        "host_copy": config.save.save_mode == "async" and config.save.save_every != -1,
+        "libraries": LIBRARIES,
     }
