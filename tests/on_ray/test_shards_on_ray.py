@@ -18,12 +18,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 @pytest.fixture
 def prepare_with(tiny_flags, corpus_dir, tmp_path):
-    """Prepares a corpus in a base directory of its own with a maker of shards; gives the folder of the shards."""
+    """Prepares a corpus in a base directory of its own with a maker of shards; gives the files of the shards.
+
+    Without the record of what was asked for, which names the base directory.
+    """
 
     def run(maker, name, **changes):
         config = Config.from_flat(tiny_flags | {"base_dir": str(tmp_path / name)} | changes)
         folder = prepare(config, with_gpus=False, maker=maker, echo=lambda line: None).manifest.folder
-        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        assert len(list(folder.glob("request-*.json"))) == 1
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if "request-" not in path.name}
 
     return run
 
