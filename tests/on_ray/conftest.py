@@ -1,5 +1,6 @@
 """One local Ray cluster for all the tests here, never one that happens to run on the machine."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 
+from raychat.on_ray import cluster as clusters
 from raychat.on_ray.cluster import ENVIRONMENT, Cluster
 
 CPUS = 4
@@ -48,6 +50,19 @@ def environment(cluster) -> dict[str, str]:
     unwanted = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYCHAT_BASE_DIR", "PYTHONPATH")
     kept = {name: value for name, value in os.environ.items() if name not in unwanted}
     return kept | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def connected(cluster):
+    """Drivers and searches in this process find themselves connected to the cluster of the tests."""
+
+    @contextlib.contextmanager
+    def connect(config, *, echo):
+        yield cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clusters, "connect", connect)
+        yield
 
 
 def as_arguments(flags: Mapping[str, Any]) -> list[str]:

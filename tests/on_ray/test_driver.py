@@ -1,6 +1,5 @@
 """A run on Ray, to its end and through what interrupts it: the same losses as a plain process, bit for bit."""
 
-import contextlib
 import json
 import math
 import os
@@ -67,19 +66,6 @@ def flags(tiny_flags, prepared_base, tmp_path_factory):
         "save_every": 2,
         "save_mode": "sync",  # what is on storage when a process is killed is then known
     }
-
-
-@pytest.fixture(scope="module")
-def connected(cluster):
-    """Drivers in this process find themselves connected to the cluster of the tests."""
-
-    @contextlib.contextmanager
-    def connect(config, *, echo):
-        yield cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clusters, "connect", connect)
-        yield
 
 
 @pytest.fixture(scope="module")

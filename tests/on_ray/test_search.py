@@ -15,7 +15,6 @@ from ray.util import placement_group, remove_placement_group
 
 from on_ray.conftest import CPUS, ROOT
 from raychat.config import Config
-from raychat.on_ray import cluster as clusters
 from raychat.on_ray import search
 from raychat.on_ray.cluster import Cluster
 from raychat.on_ray.forking import fork
@@ -62,19 +61,6 @@ def spec(tiny_flags, base_dir, cluster):
         return SearchSpec(name=name, base=base, **(settings | {"space": space} | changes))
 
     return make
-
-
-@pytest.fixture(scope="module")
-def connected(cluster):
-    """Searches in this process find themselves connected to the cluster of the tests."""
-
-    @contextlib.contextmanager
-    def connect(config, *, echo):
-        yield cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clusters, "connect", connect)
-        yield
 
 
 @pytest.fixture(scope="module")
