@@ -343,6 +343,8 @@ class ClusterSettings:
     """training workers, one per device; auto: all GPUs that the cluster has now, else 1"""
     min_workers: int = -1
     """fewest workers to begin or go on with when num_workers cannot be had; -1: num_workers, and 1 when that is auto"""
+    threads: int = -1
+    """CPU threads of each worker; -1: the cores of its machine, divided by the workers there"""
     max_failures: int = 3
     """crashes at one step, or without a new checkpoint, before the run is given up"""
     max_preemptions: int = -1
@@ -357,7 +359,7 @@ class ClusterSettings:
                 self.min_workers <= self.num_workers,
                 f"--min-workers {self.min_workers} is above --num-workers {self.num_workers}.",
             )
-        positive_or_minus_one(self, "min_workers", "max_wait")
+        positive_or_minus_one(self, "min_workers", "threads", "max_wait")
         not_negative(self, "max_failures")
         require(
             self.max_preemptions >= -1,

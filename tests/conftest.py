@@ -30,7 +30,7 @@ def write_corpus(folder: Path, *, files: int = 3, documents: int = 40, longest: 
 def one_thread() -> Iterator[None]:
     """Runs in this process resolve to one thread: models of these sizes only wait for a second one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "_cores", lambda: 1)
+        patch.setattr(device, "local_cores", lambda: 1)
         yield
 
 

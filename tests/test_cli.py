@@ -88,6 +88,7 @@ FLAGS = {
     "address": "",
     "num_workers": "auto",
     "min_workers": -1,
+    "threads": -1,
     "max_failures": 3,
     "max_preemptions": -1,
     "max_wait": -1.0,
@@ -146,7 +147,7 @@ MINUS_ONE = (
     "resume_from_step num_kv_heads num_iterations target_flops target_param_data_ratio total_batch_size adam_beta1 "
     "adam_beta2 warmup_steps warmup_ratio muon_momentum_final eval_every core_metric_every core_metric_max_per_task "
     "sample_every save_every num_data_shards min_workers price_per_hour budget_usd max_hours max_preemptions max_wait "
-    "stop_at dry_run_steps mfu"
+    "stop_at dry_run_steps mfu threads"
 )
 
 

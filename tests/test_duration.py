@@ -262,3 +262,11 @@ def test_cpu_workers_wait_for_the_one_with_most_rows_and_leave_cores_over(monkey
     settings = {"depth": 4, "max_seq_len": 512, "total_batch_size": 8192, "device_batch_size": 1, "gpu": "cpu"}
     alone, several = (forecast(settings, num_workers=n).step_s.mid for n in (1, workers))
     assert several / alone == pytest.approx(slower)
+
+
+@pytest.mark.parametrize(("threads", "slower"), [(8, 1), (4, 2), (1, 8), (16, 1)])
+def test_a_cpu_worker_with_fewer_threads_is_slower_by_as_much(monkeypatch, threads, slower):
+    monkeypatch.setattr("raychat.planning.target.local_cores", lambda: 8)
+    settings = {"depth": 4, "max_seq_len": 512, "total_batch_size": 8192, "device_batch_size": 1, "gpu": "cpu"}
+    alone, fewer = (forecast(settings, threads=n).step_s.mid for n in (-1, threads))
+    assert fewer / alone == pytest.approx(slower)

@@ -12,7 +12,7 @@ from raychat.errors import CheckpointError
 from raychat.tracking.journal import read_events, read_journal, records_from
 from raychat.tracking.ledger import Ledger, ledger
 from raychat.tracking.summary import Summary
-from raychat.training import checkpoint
+from raychat.training import checkpoint, device
 from raychat.training.events import Metrics, Note, Saved
 from raychat.training.lease import LeaseError
 from raychat.training.retry import give_up
@@ -181,7 +181,8 @@ def test_choices_made_on_the_machine_are_in_the_run_directory(config):
     ran = run_here(config())
     resolved = json.loads((ran.run_dir / "config.json").read_text())["resolved"]
     assert (resolved["device_type"], resolved["dtype"], resolved["loss"]) == ("cpu", "float32", "chunked")
-    assert resolved["threads"] >= 1
+    assert resolved["threads"] == 1  # of this one core (conftest.py)
+    assert device.resolve(config(threads=3), local_world_size=2).threads == 3
 
 
 def test_driver_that_lost_its_lease_writes_nothing_more(config):

@@ -52,6 +52,11 @@ class Cluster:
         """CPUs of the nodes that are alive."""
         return int(ray.cluster_resources().get("CPU", 0))
 
+    @property
+    def machines(self) -> int:
+        """Nodes that are alive and have CPUs for workers."""
+        return sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)
+
 
 def address_of(config: Config) -> str:
     """The cluster that `config` or the environment names, else `local`."""

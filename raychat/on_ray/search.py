@@ -6,7 +6,6 @@ stand on the machine of the search with no more than a process to mind.
 """
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -28,7 +27,7 @@ from raychat.on_ray.search_data import SharedData
 from raychat.on_ray.search_tracking import SearchTracking
 from raychat.on_ray.sizing import wants_gpus
 from raychat.on_ray.steering import Clock, Echo, Steering
-from raychat.on_ray.trial_actor import ENVIRONMENT, STOP, TrialActor, end_of, leave_order
+from raychat.on_ray.trial_actor import STOP, TrialActor, end_of, leave_order, orders_in_memory
 from raychat.planning import recipe
 from raychat.planning.devices import plan_name
 from raychat.planning.target import Target, resolve_target
@@ -116,11 +115,18 @@ def on_gpus(config: Config, cluster: Cluster) -> bool:
 
 
 def concurrency(spec: SearchSpec, cluster: Cluster) -> int:
-    """Trials at a time: what the user says, or as many as the cluster has room for now."""
+    """Trials at a time: what the user says, or as many as the cluster has GPUs or CPU cores for now."""
     if spec.concurrency != "auto":
         return spec.concurrency
-    there = cluster.gpus if on_gpus(spec.base_config, cluster) else cluster.cpus
-    return max(1, there // max(workers_of(config, cluster) for config in full_configs(spec)))
+    base = spec.base_config
+    workers = max(workers_of(config, cluster) for config in full_configs(spec))
+    if on_gpus(base, cluster):
+        return max(1, cluster.gpus // workers)
+    if (
+        base.cluster.threads == -1
+    ):  # each worker computes on all cores of its machine: two runs there would only wait in turns
+        return max(1, cluster.machines // workers)
+    return max(1, cluster.cpus // (workers * base.cluster.threads))
 
 
 def full_configs(spec: SearchSpec) -> list[Config]:
@@ -193,10 +199,9 @@ def _on_tune(steering: Steering, folder: Path) -> None:
     environment = dict(os.environ)
     for name, value in TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    (folder / ENVIRONMENT).write_text(json.dumps(environment))
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what comes out is said here
     here = f"node:{ray.util.get_node_ip_address()}"
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(TrialActor, tune.PlacementGroupFactory([{"CPU": 0, here: 0.0001}])),
         tune_config=tune.TuneConfig(
             search_alg=StrategySearcher(steering, folder),
@@ -210,12 +215,14 @@ def _on_tune(steering: Steering, folder: Path) -> None:
             failure_config=tune.FailureConfig(max_failures=ACTOR_FAILURES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
-    ).fit()
+    )
+    with orders_in_memory(folder, environment):
+        tuner.fit()
 
 
 @contextlib.contextmanager
 def _private_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that nobody else reads, for as long as the block runs: the commands of trials may hold credentials."""
+    """An empty folder for as long as the block runs. Nobody else reads it, since what runs say passes through it."""
     shutil.rmtree(folder, ignore_errors=True)  # of a search that was killed
     folder.mkdir(mode=0o700)
     try:

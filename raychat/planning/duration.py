@@ -194,7 +194,7 @@ def _rate(config: Config, recipe: Recipe, shape: ModelShape, target: Target, sou
             return None
         found = core_rate(dtype, depth=shape.n_layer, width=shape.n_embd, calibration=calibration)
         sources["steps"] = f"{target.cores} cores x {found.source}"
-        return found.flops.scaled(_busy_cores(target, rows / most) * target.machines / again)
+        return found.flops.scaled(_busy_cores(target, rows / most, config.cluster.threads) * target.machines / again)
     efficiency = mfu_range(
         target.gpu,
         shape.n_layer,
@@ -218,11 +218,13 @@ def _rate(config: Config, recipe: Recipe, shape: ModelShape, target: Target, sou
     return rate
 
 
-def _busy_cores(target: Target, ranks: float) -> float:
+def _busy_cores(target: Target, ranks: float, threads: int) -> float:
     """Cores of a machine that compute: each rank has as many threads, and all have work for so many `ranks`.
 
     With more ranks than cores none idles: those that wait leave their core to the others.
     """
+    if threads != -1:
+        return min(target.cores, threads * ranks)
     return target.cores if target.workers >= target.cores else target.cores // target.workers * ranks
 
 

@@ -3,9 +3,7 @@
 Rules, not timings, decide on a CPU, so that the same machine decides the same way every time.
 """
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -14,6 +12,7 @@ from raychat.errors import ConfigError
 from raychat.model import attention, fp8
 from raychat.planning import recipe
 from raychat.planning.devices import DevicePeak, cpu_hours, device_peak
+from raychat.planning.target import local_cores
 
 MAX_CPU_HOURS = 24.0
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -69,7 +68,8 @@ def resolve(config: Config, *, local_world_size: int) -> Resolved:
     if precision.fp8 and (problem := fp8.fp8_capable(torch.device(kind))):
         raise ConfigError(f"--fp8: {problem}. Leave --fp8 out.")
     backend, backend_reason = attention.choose_backend(torch.device(kind), DTYPES[dtype])
-    threads = max(1, _cores() // local_world_size)
+    asked = config.cluster.threads
+    threads = asked if asked != -1 else max(1, local_cores() // local_world_size)
     return Resolved(
         device_type=kind,
         device_name=name,
@@ -88,7 +88,7 @@ def refuse_gpu_sized(config: Config, resolved: Resolved, *, cores: int | None = 
     """Refuse a run that would take days on `cores` CPU cores (this machine's), with the hours, unless `--force`."""
     if resolved.device_type != "cpu" or config.run.force:
         return
-    cores = cores or _cores()
+    cores = cores or local_cores()
     hours = cpu_hours(recipe(config).flops, resolved.dtype, cores)
     if hours > MAX_CPU_HOURS:
         raise ConfigError(
@@ -105,16 +105,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource  # not on every system, and only asked at the end
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _cores() -> int:
-    """Cores that this process may use: those it is bound to, or fewer where a container's quota is smaller."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such file, or `max`: no quota
-        return cores
 
 
 def _dtype(requested: str, kind: str) -> tuple[str, str]:

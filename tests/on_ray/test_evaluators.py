@@ -68,7 +68,7 @@ def run_on(cluster, config):
 def in_line(config):
     """The run whose training waits for its evaluations, here, with as many threads as a worker of the cluster has."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "_cores", lambda: len(os.sched_getaffinity(0)))
+        patch.setattr(device, "local_cores", lambda: len(os.sched_getaffinity(0)))
         return runs.run_here(config(model_tag="in-line"))
 
 

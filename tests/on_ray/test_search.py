@@ -213,11 +213,19 @@ def test_trials_of_all_lengths_share_the_data_of_the_longest(tiny_config):
 
 @pytest.mark.parametrize(
     ("flags", "wanted", "trials"),
-    [({"num_workers": 1}, "auto", 4), ({"num_workers": 2}, "auto", 2), ({"num_workers": 8}, "auto", 1), ({}, 3, 3)],
+    [
+        ({"num_workers": 1, "threads": 1}, "auto", 4),
+        ({"num_workers": 1, "threads": 3}, "auto", 1),
+        ({"num_workers": 2, "threads": 1}, "auto", 2),
+        ({"num_workers": 8, "threads": 1}, "auto", 1),
+        ({"num_workers": 1}, "auto", 2),  # a run that takes all cores of its machine has it for itself
+        ({}, 3, 3),
+    ],
 )
 def test_trials_at_a_time_follow_from_the_cluster(spec, monkeypatch, flags, wanted, trials):
     monkeypatch.setattr(Cluster, "gpus", 0)
     monkeypatch.setattr(Cluster, "cpus", 4)
+    monkeypatch.setattr(Cluster, "machines", 2)
     base = spec("room").base | flags
     made = SearchSpec(name="room", base=base, space={"matrix_lr": [0.02, 0.04]}, concurrency=wanted)
     assert search.concurrency(made, Cluster("somewhere", "", started_here=False)) == trials
