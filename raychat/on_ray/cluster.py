@@ -1,14 +1,17 @@
 """Getting at a Ray cluster: always an explicit one, and only what was started here is stopped."""
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray._private import services
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.job_config import JobConfig
 
@@ -94,14 +97,15 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
     local = address == "local"
     echo("starting Ray on this machine" if local else f"connecting to Ray at {address}")
     try:
-        context = ray.init(
-            address=address,
-            num_cpus=local_cpus(config) if local else None,
-            object_store_memory=OBJECT_STORE_BYTES if local else None,
-            logging_level=logging.WARNING,
-            log_to_driver=False,  # what a worker has to say comes through the inbox, once and whole
-            job_config=JobConfig(_py_driver_sys_path=code_path()),
-        )
+        with _out_of_this_group():
+            context = ray.init(
+                address=address,
+                num_cpus=local_cpus(config) if local else None,
+                object_store_memory=OBJECT_STORE_BYTES if local else None,
+                logging_level=logging.WARNING,
+                log_to_driver=False,  # what a worker has to say comes through the inbox, once and whole
+                job_config=JobConfig(_py_driver_sys_path=code_path()),
+            )
     except (ray.exceptions.AuthenticationError, ConnectionError, ValueError) as error:
         if _is_about_a_token(error):
             raise ConfigError(
@@ -123,6 +127,22 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
         yield cluster
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _out_of_this_group() -> Iterator[None]:
+    """Processes that Ray starts in the block are in a session of their own. On Linux; elsewhere Ray needs them in this one.
+
+    SIGTERM to the group of this process, as `timeout` and shells give it, is for this process alone: it saves, with a
+    cluster that is still there, and ends that itself. Where it dies without a word the kernel ends them.
+    """
+    popen = services.ConsolePopen
+    if sys.platform == "linux":
+        services.ConsolePopen = functools.partial(popen, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def _is_about_a_token(error: BaseException | None) -> bool:
