@@ -224,9 +224,11 @@ class OptimSettings:
     adam_beta2: float = -1.0
     """AdamW beta2 of lm_head and embeddings; -1: per group"""
     warmup_steps: int = DEFAULT_WARMUP_STEPS
-    """steps of linear warm-up"""
+    """steps of warm-up"""
     warmup_ratio: float = -1.0
     """warm-up as a share of the run, instead of warmup_steps; -1: off"""
+    warmup_from: float = 0.0
+    """rates at the first step as a share of the full ones, from which the warm-up rises exponentially; 0: it is linear"""
     warmdown_ratio: float = 0.65
     """share of the run, at its end, over which the rates fall linearly"""
     final_lr_frac: float = 0.05
@@ -255,6 +257,11 @@ class OptimSettings:
                 0 <= value <= 1 or (name == "warmup_ratio" and value == -1),
                 f"--{name.replace('_', '-')} is a share of the run, from 0 to 1, got {value}.",
             )
+        require(
+            0 <= self.warmup_from < 1,
+            f"--warmup-from is a share of the full rates, at least 0 and below 1, got {self.warmup_from:g}: 0.01 begins at a "
+            "hundredth of them.",
+        )
         for name in ("adam_beta1", "adam_beta2", "muon_momentum_start", "muon_momentum", "muon_momentum_final"):
             value = getattr(self, name)
             require(

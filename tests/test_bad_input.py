@@ -51,6 +51,7 @@ FLAGS = [
     ("--weight-decay -0.1", "--weight-decay must be 0 or more, got -0.1", "0 or more"),
     ("--warmdown-ratio 65", "--warmdown-ratio .*got 65", "from 0 to 1"),
     ("--warmup-ratio 1.5", "--warmup-ratio .*got 1.5", "from 0 to 1"),
+    ("--warmup-from 1", "--warmup-from .*got 1", "0.01 begins at a hundredth"),
     ("--adam-beta1 1", "--adam-beta1 .*got 1", "at least 0 and below 1"),
     ("--adam-beta2 95", "--adam-beta2 .*got 95", "at least 0 and below 1"),
     ("--short-window-ratio 0", "--short-window-ratio .*got 0", "above 0 and at most 1"),

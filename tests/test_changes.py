@@ -15,7 +15,7 @@ NEVER = (
 )
 PERMISSION = (
     "dtype fp8 fp8_recipe embedding_lr unembedding_lr matrix_lr scalar_lr weight_decay adam_beta1 adam_beta2 "
-    "warmup_steps warmup_ratio warmdown_ratio final_lr_frac grad_clip muon_momentum_start muon_momentum "
+    "warmup_steps warmup_ratio warmup_from warmdown_ratio final_lr_frac grad_clip muon_momentum_start muon_momentum "
     "muon_momentum_steps muon_momentum_final num_iterations target_flops target_param_data_ratio total_batch_size"
 )
 FREE = (

@@ -61,6 +61,7 @@ FLAGS = {
     "adam_beta2": -1.0,
     "warmup_steps": 40,
     "warmup_ratio": -1.0,
+    "warmup_from": 0.0,
     "warmdown_ratio": 0.65,
     "final_lr_frac": 0.05,
     "grad_clip": 0.0,

@@ -299,6 +299,13 @@ def test_every_plan_is_plain_values_and_fits_the_terminal(name, tmp_path):
     ]
 
 
+def test_a_plan_says_how_the_warmup_rises(a100):
+    assert "exponentially" not in format_plan(make_plan(a100))
+    plan = make_plan(with_values(a100, warmup_from=0.01))
+    assert plan["rates"]["warmup_from"] == 0.01
+    assert "the warm-up rises exponentially from 0.01 of these rates" in format_plan(plan)
+
+
 def test_a_dry_run_keeps_the_forecast_that_a_run_began_with(a100):
     plan = make_plan(a100)
     path = a100.run_dir / "plan.json"

@@ -13,6 +13,19 @@ def test_lr_rises_stays_and_falls():
     assert lrm[100] == pytest.approx(0.05)
 
 
+def test_an_exponential_warmup_rises_by_the_same_factor_at_each_step_to_exactly_one():
+    lrm = [lr_multiplier(s, 200, 150, 0.0, 1.0, 0.001) for s in range(200)]
+    assert lrm[0] == pytest.approx(0.001)
+    factors = [b / a for a, b in zip(lrm[:149], lrm[1:150], strict=True)]
+    assert factors == pytest.approx([1000 ** (1 / 149)] * 149)
+    assert lrm[149:] == [1.0] * 51
+
+
+@pytest.mark.parametrize("start", [0.0, 0.001])
+def test_a_warmup_of_one_step_or_none_has_the_full_rate(start):
+    assert [lr_multiplier(s, 4, steps, 0.0, 1.0, start) for steps in (0, 1) for s in range(4)] == [1.0] * 8
+
+
 def test_without_warmup_and_warmdown_lr_is_constant():
     assert {lr_multiplier(s, 20, 0, 0.0, 0.0) for s in range(20)} == {1.0}
 

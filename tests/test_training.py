@@ -86,6 +86,17 @@ def test_stopped_run_ends_where_the_undisturbed_one_ends(whole, config, stop_at)
     assert second.summary.restarts == 1
 
 
+def test_rates_that_rise_exponentially_go_on_exactly_in_the_middle_of_their_rise(config, tmp_path):
+    rise = {"warmup_steps": -1, "warmup_ratio": 1.0, "warmup_from": 0.01, "warmdown_ratio": 0.0}
+    undisturbed = run_here(config(**rise, storage_path=str(tmp_path / "undisturbed")))
+    assert undisturbed.metric("train/lrm") == pytest.approx([100 ** (step / 5 - 1) for step in range(6)])
+    run_here(config(**rise), after(3, Signal.STOP))
+    again = run_here(config(**rise))
+    assert (again.losses, again.metric("train/lrm")) == (undisturbed.losses, undisturbed.metric("train/lrm"))
+    with pytest.raises(CheckpointError, match=r"warmup_from: 0\.01 -> 0\.0"):
+        run_here(config(**rise | {"warmup_from": 0.0}))
+
+
 def test_killed_run_replays_from_its_last_checkpoint_without_a_sawtooth(whole, config):
     with pytest.raises(KeyboardInterrupt):
         run_here(config(save_every=2, save_mode="sync"), dying_at(5))

@@ -4,13 +4,22 @@ import math
 
 
 def lr_multiplier(
-    step: int, num_iterations: int, warmup_steps: int, warmdown_ratio: float, final_lr_frac: float
+    step: int,
+    num_iterations: int,
+    warmup_steps: int,
+    warmdown_ratio: float,
+    final_lr_frac: float,
+    warmup_from: float = 0.0,
 ) -> float:
     """Factor on every `initial_lr`: up over `warmup_steps`, flat, then linearly down to `final_lr_frac` at the end.
 
-    The warmdown takes the last round(warmdown_ratio * num_iterations) steps. Where both overlap the warmup counts.
+    Up is a straight line from 1 / warmup_steps, or exponential from `warmup_from` where that is above 0; the last step of
+    the warmup has 1 either way. The warmdown takes the last round(warmdown_ratio * num_iterations) steps. Where both
+    overlap the warmup counts.
     """
     if step < warmup_steps:
+        if warmup_from > 0:
+            return warmup_from ** (1 - step / (warmup_steps - 1)) if warmup_steps > 1 else 1.0
         return (step + 1) / warmup_steps
     done = _warmdown_done(step, num_iterations, warmdown_ratio)
     return 1.0 - done + done * final_lr_frac

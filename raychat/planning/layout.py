@@ -164,11 +164,13 @@ def _batch(batch: dict[str, Any], workers: int) -> list[str]:
 
 def _rates(rates: dict[str, Any]) -> list[str]:
     end = f", to {rates['final_lr_frac']:.0%}" if rates["warmdown_steps"] else ""
+    exponential = rates["warmup_steps"] and rates["warmup_from"]
     return [
         f"matrix {rates['matrix_lr']:.4g}, embedding {rates['embedding_lr']:.4g}, unembedding "
         f"{rates['unembedding_lr']:.4g}, scalar {rates['scalar_lr']:.4g}; weight decay {rates['weight_decay']:.4g}",
         f"scaled by {rates['lr_scale']:.4g} for the batch; warm-up {rates['warmup_steps']:,} steps, warm-down the last "
         f"{rates['warmdown_steps']:,}{end}",
+        *([f"the warm-up rises exponentially from {rates['warmup_from']:.3g} of these rates"] if exponential else []),
     ]
 
 

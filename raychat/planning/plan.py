@@ -210,6 +210,7 @@ def _rates(config: Config, shape: scaling.ModelShape, recipe: scaling.Recipe) ->
         "scalar_lr": optim.scalar_lr * scale,
         "weight_decay": recipe.weight_decay,
         "warmup_steps": scaling.warmup_steps(config, recipe.num_iterations),
+        "warmup_from": config.optim.warmup_from,
         "warmdown_steps": round(config.optim.warmdown_ratio * recipe.num_iterations),
         "final_lr_frac": config.optim.final_lr_frac,
     }

@@ -169,7 +169,7 @@ def recipe(config: Config) -> Recipe:
 
 
 def warmup_steps(config: Config, num_iterations: int) -> int:
-    """Steps of linear warm-up, from `--warmup-ratio` where it is given, else `--warmup-steps`."""
+    """Steps of warm-up, from `--warmup-ratio` where it is given, else `--warmup-steps`."""
     if config.optim.warmup_ratio >= 0:
         return round(config.optim.warmup_ratio * num_iterations)
     return max(0, config.optim.warmup_steps)

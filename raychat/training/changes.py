@@ -44,6 +44,7 @@ PERMISSION = frozenset(
         "adam_beta2",
         "warmup_steps",
         "warmup_ratio",
+        "warmup_from",
         "warmdown_ratio",
         "final_lr_frac",
         "grad_clip",

@@ -133,7 +133,8 @@ class Trainer:
         start = time.perf_counter()
         batch = next(self.batches)  # a rank that waits for its data is slow too
         N, optim = self.recipe.num_iterations, self.config.optim
-        lrm = lr_multiplier(self.state.step, N, warmup_steps(self.config, N), optim.warmdown_ratio, optim.final_lr_frac)
+        up = warmup_steps(self.config, N)
+        lrm = lr_multiplier(self.state.step, N, up, optim.warmdown_ratio, optim.final_lr_frac, optim.warmup_from)
         self._schedule(self.state.step, lrm)
         nats = self._accumulate_gradients(batch)
         agreed = self._agree(nats, (time.perf_counter() - start) / len(batch.rows))
