@@ -2,6 +2,7 @@
 
   python jobs/search.py jobs/searches/cpu_baseline.toml                     what the file says
   python jobs/search.py --resume cpu_baseline                               go on after any death
+  python jobs/search.py --resume mine -- --storage-path s3://key:secret@..  with credentials, which are not written down
   python jobs/search.py --name rates --space matrix_lr=0.01,0.02,0.04 -- --preset d4-cpu
   python jobs/search.py --iso-flops 1e12,3e12,1e13 --depths 2,3,4 -- --preset d4-cpu
   python jobs/search.py --lr-range -- --preset d4-cpu                       between which rates to search
@@ -38,9 +39,13 @@ def main(argv: Sequence[str]) -> int:
     if args.lr_range:
         if args.base_dir is not None:
             config = Config.from_flat({"base_dir": str(args.base_dir)}, config)
+        require(
+            not (args.spec or args.space or args.resume or args.iso_flops or args.depths),
+            "--lr-range is one run and no search: give its flags behind --, and leave out files, spaces and sweeps.",
+        )
         from raychat.on_ray import range_test  # after the checks: ray and torch take seconds to load
 
-        range_test.run(config, steps=args.range_steps, most=args.range_most, echo=echo)
+        range_test.run(config, steps=args.range_steps, least=args.range_least, most=args.range_most, echo=echo)
         return 0
     spec = specification(args, base_flags(argv[at + 1 :], config))
     from raychat.on_ray import search
@@ -68,10 +73,10 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--depths", metavar="D,D,...", help="with --iso-flops, or alone: one run each at the data ratio")
     rates = made.add_argument_group("range of rates")
     rates.add_argument("--lr-range", action="store_true", help="one short run with rising rates, and its picture")
-    rates.add_argument("--range-steps", type=int, default=200, help="its steps; default: %(default)s")
-    rates.add_argument(
-        "--range-most", type=float, default=10.0, help="the rates at its end, as a multiple; default: %(default)s"
-    )
+    rates.add_argument("--range-steps", type=int, default=200, metavar="N", help="its steps; default: %(default)s")
+    for end, multiple in (("least", 0.01), ("most", 10.0)):
+        said = f"the rates at its {'begin' if end == 'least' else 'end'}, as a multiple of those given; default: %(default)g"
+        rates.add_argument(f"--range-{end}", type=float, default=multiple, metavar="X", help=said)
     group = made.add_argument_group("settings of a search file")
     for name in settings():
         group.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE")
@@ -98,12 +103,12 @@ def specification(args: argparse.Namespace, base: dict[str, Any]) -> Any:
     space = dict(_assignment(text) for text in args.space)
     if args.resume:
         require(
-            not (args.spec or base or space or args.iso_flops or args.depths),
-            "--resume NAME goes on with a search as it was begun: leave out its file, its space and its flags.",
+            not (args.spec or space or args.iso_flops or args.depths),
+            "--resume NAME goes on with a search as it was begun: leave out its file and its space.",
         )
         folder = search_dir((args.base_dir or default_base_dir()).expanduser().absolute(), args.resume)
         read_book(folder)  # says which searches there are
-        return load_spec(folder / SPEC, given)
+        return load_spec(folder / SPEC, given | {"base": base})
     require(
         bool(args.spec or space or args.iso_flops or args.depths),
         "Nothing says what to search: give a file, as jobs/searches/cpu_baseline.toml, or --space NAME=VALUES.",

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import pytest
 from s3_server import CUT, proxy, s3_server
 
+from raychat.liveness import machine_id
 from raychat.storage import Store
 from raychat.training import lease as module
 from raychat.training.lease import STALE_S, Lease, LeaseError, read_lease, taken_over
@@ -25,7 +26,7 @@ def write_lease(folder, **changes):
     content = {
         "holder": "other",
         "host": socket.gethostname(),
-        "machine": module._machine(),
+        "machine": machine_id(),
         "pid": os.getpid(),
         "heartbeat": time.time(),
     }
@@ -108,7 +109,7 @@ def test_giving_back_twice_is_no_error(tmp_path):
         held.release()
 
 
-@pytest.mark.parametrize("machine", [module._machine(), "another"], ids=["this machine", "another machine"])
+@pytest.mark.parametrize("machine", [machine_id(), "another"], ids=["this machine", "another machine"])
 def test_a_lease_that_is_silent_is_taken_over(tmp_path, machine):
     write_lease(tmp_path, machine=machine, heartbeat=time.time() - STALE_S - 60)
     take_over(tmp_path)

@@ -9,8 +9,11 @@ import threading
 import time
 
 import pytest
+from test_runs import job
+from test_search_table import open_search
 
 from raychat.errors import ConfigError, RaychatError
+from raychat.on_ray.search_tracking import SearchTracking
 from raychat.tracking import mlflow_delivery, mlflow_shipper, mlflow_ui
 from raychat.tracking.journal import Journal
 from raychat.tracking.mlflow_shipper import MLflowShipper, default_tracking_uri, reconcile, store_error, sync
@@ -468,3 +471,28 @@ def test_the_pages_open_on_the_experiment_with_the_light_server(tmp_path, monkey
     assert command[-2:] == ["--workers", "1"]
     assert uri in command
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+
+
+def test_a_search_that_died_is_ended_with_its_report_and_has_its_runs_below_it(
+    base_dir, run_dir, client, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    uri = default_tracking_uri(base_dir)
+    runs, trial = run_dir.parent / "own", run_dir.parent / "own" / "s-000"
+    with open_search(run_dir.parent) as book:  # the run began when the name of its search was not known
+        tracking = SearchTracking(book.folder, book.spec, tracking_uri=uri, echo=lambda line: None)
+        parent = tracking.run_id()
+        log_steps(trial, range(3))
+        run_id = ship(trial, uri=uri)
+        tracking._shipper._file.close()  # as dead as after SIGKILL
+    wait_until(lambda: not tracking._shipper._thread.is_alive() or tracking._shipper._failing)
+    jobs = ["--base-dir", str(run_dir.parent), "--storage-path", str(runs)]
+    assert job().main([*jobs, "--reconcile"]) == 0
+    assert f"marked as KILLED: {parent}" in capsys.readouterr().out
+    client.update_run(parent, status="RUNNING")
+    for _ in range(2):
+        assert job().main([*jobs, "--sync"]) == 0
+        assert f"search s: MLflow has everything (run {parent})" in capsys.readouterr().out
+    assert client.get_run(parent).info.status == "KILLED"
+    assert {file.path for file in client.list_artifacts(parent)} == {"report.html", "report.md", "trials.csv"}
+    assert client.get_run(run_id).data.tags["mlflow.parentRunId"] == parent

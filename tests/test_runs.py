@@ -122,7 +122,7 @@ def test_what_is_not_known_is_a_dash(tmp_path):
     run.mkdir(parents=True)
     (run / "config.json").write_text("{}")
     heading, line = format_table([read_run(run)]).splitlines()
-    assert heading.split() == ["tag", "status", "step", "val_bpb", "tok/s", "cost", "started", "updated"]
+    assert heading.split() == ["tag", "status", "step", "val_bpb", "tok/s", "cost", "age", "updated"]
     assert line.split() == ["d4", "interrupted", "-/-", "-", "-", "-", "-", "-"]
 
 

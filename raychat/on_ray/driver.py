@@ -26,7 +26,7 @@ from raychat.on_ray.sizing import uses_gpus, wants_gpus, worker_range
 from raychat.on_ray.supervisor import Supervisor
 from raychat.planning.money import priced
 from raychat.storage import Store
-from raychat.tracking.mlflow_shipper import MLflowShipper
+from raychat.tracking.mlflow_shipper import PARENT_TAG, MLflowShipper
 from raychat.tracking.shipping_state import MLFLOW_STATUS
 from raychat.tracking.summary import Summary
 from raychat.tracking.tracking_uri import default_tracking_uri, store_error
@@ -200,7 +200,7 @@ def _shipper(session: Session, uri: str | None, cluster: clusters.Cluster) -> ML
     config = session.config
     use_gpu = uses_gpus(config, cluster, session.starts())
     workers, _ = worker_range(config, cluster, use_gpu, session.starts())
-    parent = {"mlflow.parentRunId": config.run.mlflow_parent} if config.run.mlflow_parent else {}
+    parent = {PARENT_TAG: config.run.mlflow_parent} if config.run.mlflow_parent else {}
     return MLflowShipper(
         session.run_dir,
         tracking_uri=uri,

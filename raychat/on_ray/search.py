@@ -38,6 +38,7 @@ from raychat.search.report import write_report
 from raychat.search.report.of_search import search_contents
 from raychat.search.spec import SearchSpec
 from raychat.search.strategy import Strategy, make_strategy
+from raychat.tracking.shipping_state import MLFLOW_STATUS
 from raychat.tracking.tracking_uri import default_tracking_uri, store_error
 
 REPORT_EVERY_S = 30.0
@@ -87,10 +88,10 @@ def run(spec: SearchSpec, *, script: Path, echo: Echo, strategy: Strategy | None
             target=lambda config: target_on(config, cluster),
             changed=reporting.changed,
         )
-        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+        status: Literal["finished", "stopped", "failed"] = "failed"
         try:
             _on_tune(steering, folder)
-            status = "KILLED" if stopped else "FINISHED"
+            status = "stopped" if stopped else "finished"
         finally:
             reporting.end(status)
         if book.lost:
@@ -305,11 +306,14 @@ class _Reporting:
         if self._clock.due():
             self._write(going_on=True)
 
-    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    def end(self, status: Literal["finished", "stopped", "failed"]) -> None:
         """The search ends, for now or for good."""
-        files = [] if self._book.lost else self._write(going_on=status != "FINISHED")
+        files: Sequence[Path] = ()
+        if not self._book.lost:
+            self._book.say_end(status)
+            files = self._write(going_on=status != "finished")
         if self._tracking is not None:
-            self._tracking.finish(status, files)
+            self._tracking.finish(MLFLOW_STATUS[status], files)
         for path in files:
             self._echo(f"  report     {path}")
 

@@ -9,7 +9,6 @@ from raychat.search.book import Contents
 from raychat.search.spec import SearchSpec
 from raychat.tracking.journal import Journal
 from raychat.tracking.mlflow_shipper import MLflowShipper
-from raychat.uris import public_uri
 
 JOURNAL = "metrics.jsonl"
 KNOWN_WITHIN_S = 20.0
@@ -55,6 +54,6 @@ class SearchTracking:
 
 
 def _params(spec: SearchSpec) -> dict[str, Any]:
-    flat = spec.flat()
+    flat = spec.kept()
     tables = {f"{table}.{name}": value for table in ("base", "space") for name, value in flat.pop(table).items()}
-    return {name: public_uri(value) if isinstance(value, str) else value for name, value in (flat | tables).items()}
+    return flat | tables

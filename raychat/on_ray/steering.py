@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from raychat.search.feasible import foreseen
 from raychat.search.limits import limit_reached
 from raychat.search.strategy import Strategy
 from raychat.search.trial import Outcome, Trial
+from raychat.training.secrets import Secrets
 
 Echo = Callable[[str], None]
 
@@ -125,6 +126,7 @@ class Steering:
     def _enter(self, trial: Trial, outcome: Outcome) -> None:
         if self.book.lost:  # another process goes on with this search, and makes this trial again
             return
+        outcome = replace(outcome, reason=Secrets(self.book.spec.base_config).hide(outcome.reason))
         self.book.end(trial.tag, outcome)
         self.echo(f"{trial.tag} {outcome.status}: {describe(trial)}{figures(outcome)}; {self.standing()}")
         self.changed()

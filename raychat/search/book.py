@@ -1,7 +1,8 @@
 """The book of a search, `book.jsonl`: what was proposed, started and what came out, so that it goes on after any death.
 
-One JSON object per line, appended, synced and never changed. `{"event": "session", ...}` begins each process's part;
-`proposed` carries a trial, `started` its tag, `ended` its outcome. Beside it lies `spec.toml`. One process writes at a time.
+One JSON object per line, appended, synced and never changed. `{"event": "session", ...}` begins each process's part and
+`closed` ends it, unless the process died; `proposed` carries a trial, `started` its tag, `ended` its outcome. Beside it lies
+`spec.toml`. One process writes at a time.
 """
 
 import dataclasses
@@ -12,21 +13,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from raychat.atomic import sync_folder, write_text
 from raychat.errors import CheckpointError, ConfigError
 from raychat.search.limits import spent_usd
 from raychat.search.spec import SearchSpec
+from raychat.search.spec_checks import check_credentials
 from raychat.search.spec_file import load_spec, to_toml
 from raychat.search.trial import Outcome, Trial
 from raychat.training.changes import kind_of
 from raychat.training.lease import Lease
+from raychat.uris import place_of
 
 FORMAT = 1
 SPEC, LINES = "spec.toml", "book.jsonl"
 FREE = frozenset({"budget_usd", "max_hours", "concurrency", "confirm_seeds"})
 """settings of a search that may change when it goes on: they decide how long, and not what is tried"""
+FREE_FLAGS = frozenset({"base.address", "base.tracking_uri", "base.on_event"})
+"""flags of the base that may change: where it runs, and who is told"""
 
 
 def search_dir(base_dir: Path, name: str) -> Path:
@@ -114,9 +119,10 @@ class Book:
         A last line that a death cut short is removed. `echo` hears it when another process must be waited for.
 
         Raises:
-            ConfigError: when another search is there, with the differences.
+            ConfigError: when another search is there, with the differences, or `spec` lacks its credentials.
             LeaseError: when another process writes this book.
         """
+        check_credentials(spec.base)
         folder.mkdir(parents=True, exist_ok=True)
         lease = Lease(folder)
         lease.acquire(echo)
@@ -181,6 +187,10 @@ class Book:
             raise ValueError(f"{tag} has an outcome already")
         self._write("ended", tag=tag, outcome=_finite(dataclasses.asdict(outcome)))
 
+    def say_end(self, status: Literal["finished", "stopped", "failed"]) -> None:
+        """Enter how this process ends, as its last word: a book without one was left by a process that died."""
+        self._write("closed", status=status)
+
     def close(self) -> None:
         """Close the file and let others write."""
         self._file.close()
@@ -223,13 +233,13 @@ def _refuse_changes(folder: Path, old: SearchSpec, new: SearchSpec, base: Mappin
     changed = [
         f"{name}: {before.get(name, 'default')} -> {after.get(name, 'default')}"
         for name in sorted(before.keys() | after.keys())
-        if name not in FREE and before.get(name) != after.get(name)
+        if name not in FREE | FREE_FLAGS and _place(before.get(name)) != _place(after.get(name))
     ]
     resolved = json.loads(json.dumps(new.base_config.public()))
     changed = changed or [
         f"{name} of the presets: {base[name]} -> {value}"
         for name, value in resolved.items()
-        if name in base and base[name] != value and kind_of(name) != "free"
+        if name in base and _place(base[name]) != _place(value) and kind_of(name) != "free"
     ]
     if changed:
         raise ConfigError(
@@ -239,9 +249,14 @@ def _refuse_changes(folder: Path, old: SearchSpec, new: SearchSpec, base: Mappin
 
 
 def _flattened(spec: SearchSpec) -> dict[str, Any]:
-    flat = spec.flat()
+    flat = spec.kept()
     tables = {f"{table}.{name}": value for table in ("base", "space") for name, value in flat.pop(table).items()}
     return flat | tables
+
+
+def _place(value: Any) -> Any:
+    """`value`, the same for a URI with other credentials."""
+    return place_of(value) if isinstance(value, str) else value
 
 
 def _finite(value: Any) -> Any:

@@ -19,6 +19,7 @@ from raychat.search.ranking import Objective
 from raychat.search.space import Parameter, parameter
 from raychat.search.spec_checks import check_base, check_continued, check_forks, check_space_name, check_value
 from raychat.search.trial import Trial
+from raychat.uris import HIDDEN, marked_uri
 
 BASELINE = "base"
 """arm of the base configuration itself"""
@@ -160,6 +161,12 @@ class SearchSpec:
     def fork_step(self) -> int:
         """The step of the trunk's checkpoint."""
         return max(1, round(self.fork_at * recipe(self.base_config).num_iterations))
+
+    def kept(self) -> dict[str, Any]:
+        """`flat` with marks where [base] holds credentials: what may be written down. See spec_checks.check_credentials."""
+        base = {name: marked_uri(value) if isinstance(value, str) else value for name, value in self.base.items()}
+        hidden = {name: HIDDEN for name, value in base.items() if name.replace("-", "_") == "on_event" and value}
+        return self.flat() | {"base": base | hidden}
 
     def flat(self) -> dict[str, Any]:
         """As plain values, as a spec file has them; what is at its default is left out."""

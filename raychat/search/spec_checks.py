@@ -9,6 +9,7 @@ from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.planning import recipe
 from raychat.search.space import Parameter
+from raychat.uris import HIDDEN, lacks_credentials, public_uri
 
 OWN = {
     "model_tag": "every run of a search has its own; the search's name decides it",
@@ -38,6 +39,22 @@ def check_base(base: Mapping[str, Any]) -> None:
         require(own not in OWN, f"[base] may not set {own}: {OWN.get(own)}.")
 
 
+def check_credentials(base: Mapping[str, Any]) -> None:
+    """Refuse to run with a specification that was written down, where credentials were left out: they must be given again."""
+    lacking = [
+        name
+        for name, value in base.items()
+        if isinstance(value, str)
+        if lacks_credentials(value) or (name.replace("-", "_") == "on_event" and value == HIDDEN)
+    ]
+    flags = " ".join(f"--{name.replace('_', '-')} ..." for name in lacking)
+    require(
+        not lacking,
+        f"Credentials are not written down, and {', '.join(lacking)} had some: give the whole value of each again, as "
+        f"jobs/search.py --resume NAME -- {flags}",
+    )
+
+
 def check_space_name(name: str, base: Config) -> None:
     """Refuse a setting that does not exist, and one that must be the same in all runs of a search."""
     groups = {
@@ -61,6 +78,11 @@ def check_space_name(name: str, base: Config) -> None:
 
 def check_value(name: str, value: Any, base: Config) -> None:
     """Refuse a value of the wrong type. A number that cannot be with others is found with its configuration: infeasible."""
+    require(
+        not isinstance(value, str) or public_uri(value) == value,
+        f"[space] may not hold credentials, and {name} {public_uri(str(value))} does: values of a space are in the names of "
+        "runs. Give them in the environment of the search (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY).",
+    )
     default = Config().flat()[name]
     judged_later = (
         _is_number(value) and _is_number(default) and not (isinstance(value, float) and isinstance(default, int))

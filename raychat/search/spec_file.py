@@ -56,8 +56,8 @@ def literal(text: str) -> Any:
 
 
 def to_toml(spec: SearchSpec) -> str:
-    """`spec` as a file that `load_spec` reads to an equal one."""
-    values = spec.flat()
+    """`spec` as a file that `load_spec` reads to an equal one, credentials apart: see SearchSpec.kept."""
+    values = spec.kept()
     tables = {name: values.pop(name) for name in ("base", "space")}
     lines = [f"{name} = {_toml(value)}" for name, value in values.items()]
     for title, table in tables.items():

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,21 +208,24 @@ def add_to_run(
         client.log_artifact(run_id, str(file), folder)
 
 
-def end_dead_runs(client: "MlflowClient", experiment_id: str, *, but: str | None = None) -> list[str]:
-    """End as KILLED the RUNNING runs of raychat in an experiment whose heartbeat is stale; their ids.
+def end_dead_runs(
+    client: "MlflowClient", experiment_id: str, *, but: str | None = None, dead: Collection[str] = ()
+) -> list[str]:
+    """End as KILLED the RUNNING runs of raychat in an experiment whose heartbeat is stale, and those of `dead`; their ids.
 
     Ends after BURIAL_S and one more call, done or not. A process that is killed cannot say so, and no server notices. A
     run that does go on sets itself to RUNNING again.
     """
-    dead: list[str] = []
+    ended: list[str] = []
     until = time.monotonic() + BURIAL_S
     query = f"attributes.status = 'RUNNING' and tags.`{HEARTBEAT_TAG}` LIKE '%'"
     for run in client.search_runs([experiment_id], query, max_results=1000):
         beat_s = float(run.data.tags[HEARTBEAT_TAG])
-        if time.time() - beat_s > STALE_S and run.info.run_id != but and time.monotonic() < until:
+        gone = time.time() - beat_s > STALE_S or run.info.run_id in dead
+        if gone and run.info.run_id != but and time.monotonic() < until:
             client.set_terminated(run.info.run_id, "KILLED", end_time=round(beat_s * 1000))
-            dead.append(run.info.run_id)
-    return dead
+            ended.append(run.info.run_id)
+    return ended
 
 
 @contextmanager

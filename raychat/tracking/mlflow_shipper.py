@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +17,13 @@ from raychat.errors import DataError
 from raychat.tracking.mlflow_delivery import JOURNAL_NAME, Delivery, end_dead_runs, failures_of, open_client
 from raychat.tracking.shipping_state import End, ShippingState, StateFile
 from raychat.tracking.tracking_uri import default_tracking_uri as default_tracking_uri  # part of this file's interface
+from raychat.tracking.tracking_uri import openable
 from raychat.tracking.tracking_uri import store_error as store_error
 from raychat.uris import public_uri
 
 PERIOD_S = 2.0
 MAX_BACKOFF_S = 60.0
+PARENT_TAG = "mlflow.parentRunId"
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
 logger = logging.getLogger(__name__)
@@ -136,11 +138,13 @@ class MLflowShipper:
         self._failing = error is not None
 
 
-def sync(run_dir: Path, *, tracking_uri: str | None = None, echo: Callable[[str], None]) -> str | None:
+def sync(
+    run_dir: Path, *, tracking_uri: str | None = None, echo: Callable[[str], None], artifacts: Sequence[Path] = ()
+) -> str | None:
     """Bring MLflow up to the journal of a run whose driver is gone, in the foreground; its MLflow run id.
 
     None if the run was not tracked. `tracking_uri` sends it to another store than before. A run whose driver left no
-    end status ends as KILLED.
+    end status ends as KILLED, with the files `artifacts`.
 
     Raises:
         RaychatError: the store cannot be reached or refuses.
@@ -148,12 +152,13 @@ def sync(run_dir: Path, *, tracking_uri: str | None = None, echo: Callable[[str]
     state = ShippingState.load(run_dir)
     if state is None:
         return None
-    uri = tracking_uri or state.uri
+    uri = tracking_uri or openable(state.uri)
     state = state.in_store(public_uri(uri), state.experiment)
     journal = run_dir / JOURNAL_NAME
     size, time_s = (journal.stat().st_size, journal.stat().st_mtime) if journal.exists() else (0, time.time())
     if state.end is None:
-        state = dataclasses.replace(state, end=End(status="KILLED", time_ms=round(time_s * 1000)))
+        paths = tuple(str(path.resolve()) for path in artifacts)
+        state = dataclasses.replace(state, end=End(status="KILLED", time_ms=round(time_s * 1000), artifacts=paths))
     if state.end and state.end.delivered and state.offset == size:
         return state.run_id
     delivery = Delivery(uri, StateFile(run_dir, state), echo)
@@ -162,8 +167,33 @@ def sync(run_dir: Path, *, tracking_uri: str | None = None, echo: Callable[[str]
     return delivery.state.run_id
 
 
-def reconcile(tracking_uri: str, experiment: str, echo: Callable[[str], None]) -> int:
+def adopt(parent: Path, run_dirs: Sequence[Path], *, tracking_uri: str | None = None) -> list[Path]:
+    """Show runs under their search in MLflow, which had no name for it when they began; the directories of these.
+
+    Raises:
+        RaychatError: the store cannot be reached or refuses.
+    """
+    above = ShippingState.load(parent)
+    adopted: list[Path] = []
+    for run_dir in run_dirs:
+        state = ShippingState.load(run_dir)
+        if above is None or above.run_id is None or state is None or state.run_id is None:
+            continue
+        elsewhere = (state.uri, state.experiment) != (above.uri, above.experiment)
+        if elsewhere or state.tags.get(PARENT_TAG) == above.run_id:
+            continue
+        uri = tracking_uri or openable(state.uri)
+        with failures_of(uri):
+            open_client(uri).set_tag(state.run_id, PARENT_TAG, above.run_id)
+        dataclasses.replace(state, tags={**state.tags, PARENT_TAG: above.run_id}).save(run_dir)
+        adopted.append(run_dir)
+    return adopted
+
+
+def reconcile(tracking_uri: str, experiment: str, echo: Callable[[str], None], *, dead: Collection[str] = ()) -> int:
     """End as KILLED the runs of an experiment whose process died without a word; how many there were.
+
+    Those are the runs with the ids `dead`, and all that have not been heard of for five minutes.
 
     The next run in the experiment does the same when it starts.
 
@@ -174,9 +204,9 @@ def reconcile(tracking_uri: str, experiment: str, echo: Callable[[str], None]) -
     with failures_of(tracking_uri):
         client = open_client(tracking_uri)
         found = client.get_experiment_by_name(experiment)
-        while found and (dead := end_dead_runs(client, found.experiment_id)):
-            ended += len(dead)
-            for run_id in dead:
+        while found and (gone := end_dead_runs(client, found.experiment_id, dead=dead)):
+            ended += len(gone)
+            for run_id in gone:
                 echo(f"marked as KILLED: {run_id}")
     echo(f"{ended} dead runs in the experiment {experiment} of {public_uri(tracking_uri)}")
     return ended

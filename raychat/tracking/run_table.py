@@ -3,19 +3,21 @@
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raychat.errors import DataError
+from raychat.liveness import is_gone
+from raychat.progress import format_duration
 from raychat.tracking.journal import read_journal, records_from
 from raychat.tracking.summary import Summary
 
 JOURNAL = "metrics.jsonl"
 LEASE_STALE_S = 60.0
 TAIL_BYTES = 1 << 16  # of a journal: an end is among its last records
-COLUMNS = ("tag", "status", "step", "val_bpb", "tok/s", "cost", "started", "updated")
+COLUMNS = ("tag", "status", "step", "val_bpb", "tok/s", "cost", "age", "updated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,13 @@ def run_dirs(runs: Path) -> list[Path]:
 
 
 def is_live(run_dir: Path, now_s: float | None = None) -> bool:
-    """Whether a driver holds the lease of the run: its heartbeat is less than a minute old."""
-    heartbeat = _object(run_dir / "lease.json").get("heartbeat", 0.0)
-    return (time.time() if now_s is None else now_s) - heartbeat < LEASE_STALE_S
+    """Whether a driver holds the lease of the run: its heartbeat is less than a minute old.
+
+    Of a driver on this machine, whether its process is there: one that was killed is dead at once.
+    """
+    lease = _object(run_dir / "lease.json")
+    fresh = (time.time() if now_s is None else now_s) - lease.get("heartbeat", 0.0) < LEASE_STALE_S
+    return fresh and not is_gone(lease)
 
 
 def read_run(run_dir: Path, now_s: float | None = None) -> RunRow:
@@ -69,11 +75,15 @@ def read_run(run_dir: Path, now_s: float | None = None) -> RunRow:
     )
 
 
-def format_table(rows: Sequence[RunRow]) -> str:
-    """A plain table with a heading; what is not known is shown as `-`."""
-    cells = [COLUMNS, *map(_cells, rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
-    left = {0, 1}  # words to the left, numbers to the right
+def format_table(rows: Sequence[RunRow], now_s: float | None = None) -> str:
+    """A plain table with a heading; what is not known is shown as `-`. Ages are from the first and the last record."""
+    now_s = time.time() if now_s is None else now_s
+    return aligned([COLUMNS, *(_cells(row, now_s) for row in rows)], left=(0, 1))
+
+
+def aligned(cells: Sequence[Sequence[str]], *, left: Collection[int]) -> str:
+    """Rows of text in columns; those whose number is in `left` begin at the left, the others end at the right."""
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = [
         "  ".join(
             cell.ljust(width) if column in left else cell.rjust(width)
@@ -90,10 +100,14 @@ def last_records(journal: Path) -> list[dict[str, Any]]:
         with journal.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read().split(b"\n")
+            return parsed_lines(file.read())
     except FileNotFoundError:
         return []
-    return [record for line in lines if (record := _parsed(line))]
+
+
+def parsed_lines(content: bytes) -> list[dict[str, Any]]:
+    """The JSON objects of the lines that hold a whole one."""
+    return [record for line in content.split(b"\n") if (record := _parsed(line))]
 
 
 def last_turn(journal: Path) -> dict[str, Any] | None:
@@ -153,7 +167,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _cells(row: RunRow) -> tuple[str, ...]:
+def _cells(row: RunRow, now_s: float) -> tuple[str, ...]:
     return (
         row.tag,
         row.status,
@@ -161,14 +175,9 @@ def _cells(row: RunRow) -> tuple[str, ...]:
         _text(row.val_bpb, ".4f"),
         _text(row.tok_per_sec, ",.0f"),
         "-" if row.cost_usd is None else f"${row.cost_usd:,.2f}",
-        _clock(row.started_s),
-        _clock(row.updated_s),
+        *("-" if at is None else format_duration(now_s - at) for at in (row.started_s, row.updated_s)),
     )
 
 
 def _text(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _clock(unix_s: float | None) -> str:
-    return "-" if unix_s is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))

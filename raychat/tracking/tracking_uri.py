@@ -1,10 +1,11 @@
 """Which MLflow store a tracking URI means, judged by its form alone: no network, no disk, no MLflow."""
 
+import os
 import re
 from pathlib import Path
 
 from raychat.errors import ConfigError
-from raychat.uris import public_uri
+from raychat.uris import place_of, public_uri
 
 SQLITE = "sqlite:///"
 
@@ -24,6 +25,12 @@ def store_error(uri: str) -> ConfigError | None:
         f"{'MLflow 3 no longer writes to a plain folder' if is_folder else 'MLflow has no such store'}. "
         f"Use a database, such as sqlite:////absolute/path/mlflow.db, or a server, such as http://127.0.0.1:5000"
     )
+
+
+def openable(uri: str) -> str:
+    """`uri`, which was written down without credentials, with those of MLFLOW_TRACKING_URI where that names the same store."""
+    named = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return named if named and place_of(named) == place_of(uri) else uri
 
 
 def sqlite_path(uri: str) -> Path | None:

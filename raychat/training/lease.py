@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from raychat.errors import RaychatError
+from raychat.liveness import is_gone, is_here, machine_id
 from raychat.storage import Store
 
 FILE_NAME = "lease.json"
@@ -71,7 +72,7 @@ class Lease:
             "holder": self.holder,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "machine": _machine(),
+            "machine": machine_id(),
             "since": time.time(),
         }
         self._beaten = 0.0
@@ -110,7 +111,7 @@ class Lease:
         watched, since = None, _now()
         while holder := self._holder():
             if watched is None:
-                if _is_here(holder):
+                if is_here(holder):
                     raise self._refusal(holder)
                 watched = holder
                 echo(
@@ -238,33 +239,11 @@ def _stale(lease: dict[str, Any]) -> bool:
 def _alive(lease: dict[str, Any]) -> bool:
     if _stale(lease):
         return False
-    if not _is_here(lease):  # its process cannot be asked
-        return True
-    try:
-        os.kill(lease["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _is_here(lease: dict[str, Any]) -> bool:
-    """Whether the process number in a lease means something to this process."""
-    return lease.get("machine") == _machine()
+    return not is_gone(lease)
 
 
 def _age(lease: dict[str, Any]) -> str:
     return f"{max(0.0, time.time() - lease['heartbeat']):.0f}s"
-
-
-def _machine() -> str:
-    """What says whether a process number of another process means something here: host names repeat, in containers."""
-    try:
-        booted = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{booted} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # not Linux
-        return socket.gethostname()
 
 
 def _now() -> float:

@@ -54,7 +54,7 @@ def search_contents(spec: SearchSpec, trials: Found, runs_dir: Path, *, going_on
     fit = _fit(spec, done)
     found = sweep_verdict(fit, spec, done) if fit else _verdict(done, places, spec.objective)
     winner = _winner_settings(trials, found.winner)
-    made = pretrain_command(spec.base_config.flat() | dict(winner), tag=f"{spec.name}-baseline")
+    made = pretrain_command(spec.base_config.public() | dict(winner), tag=f"{spec.name}-baseline")
     runs = tuple(_report_run(spec, trial, outcome, files.get(trial.tag)) for trial, outcome in trials)
     return ReportContents(
         name=spec.name,
@@ -67,7 +67,7 @@ def search_contents(spec: SearchSpec, trials: Found, runs_dir: Path, *, going_on
         baseline=BASELINE,
         going_on=going_on,
         objective=spec.objective.kind,
-        spec=spec.flat(),
+        spec=spec.kept(),
         runs=runs,
         places=() if fit else tuple(places),
         noise=None if fit else noise,
