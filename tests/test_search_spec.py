@@ -10,7 +10,7 @@ from raychat.errors import ConfigError
 from raychat.planning import recipe
 from raychat.search.drafts import draft
 from raychat.search.ranking import Objective
-from raychat.search.space import Choices, Range, grid, parameter, sample, samples
+from raychat.search.space import Choices, Range, grid, parameter, sample, samples, spelled
 from raychat.search.spec import BASELINE, SearchSpec
 from raychat.search.spec_file import literal, load_spec, read_spec, to_toml
 
@@ -182,6 +182,7 @@ def test_literals_of_a_command_line_are_toml_or_text():
         ),
         ({"fork_at": 0.6, "space": {"final_lr_frac": [0.0, 0.1]}}, "up to 0.35"),
         ({"base": 3}, "is a table"),
+        ({"base": {"eval_every": -1}}, "would not be measured"),
     ],
 )
 def test_a_spec_that_cannot_be_is_refused_in_one_message(fields, message):
@@ -300,3 +301,11 @@ def test_searches_that_ship_are_whole(path):
     assert found.name == path.stem
     assert read_spec(tomllib.loads(to_toml(found))) == found
     assert isinstance(found, SearchSpec)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.8e12, "1.8e12"), (0.02, "0.02"), (1 / 3, repr(1 / 3)), (3, "3"), ("L", "L")]
+)
+def test_a_value_in_a_title_is_short_and_reads_back_the_same(value, text):
+    assert spelled(value) == text
+    assert isinstance(value, str) or float(spelled(value)) == value

@@ -14,7 +14,7 @@ from raychat.search.spec_file import read_spec
 from raychat.search.strategy import make_strategy
 from raychat.search.trial import Outcome
 
-BASE = {"preset": "d4-cpu", "num_iterations": 800, "warmup_ratio": 0.1, "matrix_lr": 0.02, "eval_every": -1}
+BASE = {"preset": "d4-cpu", "num_iterations": 800, "warmup_ratio": 0.1, "matrix_lr": 0.02}
 RATES = [0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05]
 KINDS = {
     "rungs": {},

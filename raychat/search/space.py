@@ -133,6 +133,14 @@ def samples(space: Space, number: int, seed: int) -> list[dict[str, Any]]:
     return found
 
 
+def spelled(value: Any) -> str:
+    """`value` as it is given to a flag: 1e13, not 10000000000000.0."""
+    if isinstance(value, float):
+        short = f"{value:g}".replace("e+", "e")
+        return short if float(short) == value else repr(value)
+    return str(value)
+
+
 def _range(name: str, given: Mapping[str, Any], integer: bool) -> Range:
     if unknown := sorted(set(given) - set(_RANGE_KEYS)):
         raise ConfigError(

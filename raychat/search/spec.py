@@ -84,6 +84,11 @@ class SearchSpec:
         self._settle()
         self._check_settings()
         check_base(self.base)
+        require(
+            self.base_config.eval.eval_every != -1,
+            "eval_every = -1 in [base]: runs are compared by val_bpb, which would not be measured. Leave it out, or give a "
+            "number of steps: a large one evaluates at the beginning and the end alone.",
+        )
         for name, values in self.space.items():
             check_space_name(name, self.base_config)
             for value in values.bounds():
@@ -116,7 +121,7 @@ class SearchSpec:
         base = self._base_flat
         own = {name: value for name, value in settings.items() if base[name] != value}
         name = ",".join(f"{key}={value}" for key, value in sorted(own.items()))
-        title = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in own.items())
+        title = ", ".join(f"{key.replace('_', '-')} {spaces.spelled(value)}" for key, value in own.items())
         return Arm(name=name or BASELINE, title=title or "baseline", settings=own)
 
     def arms(self) -> list[Arm]:

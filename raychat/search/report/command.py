@@ -7,6 +7,7 @@ from typing import Any
 from raychat.cli import load_presets
 from raychat.config import Config
 from raychat.errors import ConfigError
+from raychat.search.space import spelled
 
 OF_THE_PLACE = frozenset(
     (
@@ -50,7 +51,4 @@ def _flag(name: str, value: Any) -> str:
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
-    if isinstance(value, float):
-        short = f"{value:g}".replace("e+", "e")
-        value = short if float(short) == value else repr(value)
-    return f"--{name}={value}"
+    return f"--{name}={spelled(value)}"
