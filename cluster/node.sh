@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# One machine of a Ray cluster: installs raychat on it, runs Ray with the node watcher beside it, and stops what it started.
+#
+#   cluster/node.sh setup                                      raychat and its dependencies, into .venv of this checkout
+#   cluster/node.sh ray start --head --port=6379               starts Ray with these options, and the watcher
+#   cluster/node.sh ray start --address=HEAD:6379              the same on a machine that joins
+#   cluster/node.sh stop                                       ends both; other Ray clusters of this machine go on
+#
+# Every machine needs the same token in ~/.ray/auth_token (`ray get-auth-token --generate` on one, then copy it).
+# What is set in ~/raychat.env (RAYCHAT_STORAGE_PATH=s3://bucket/runs, RAYCHAT_BASE_DIR=...), or in the environment, holds for
+# the jobs of the cluster. Logs: ~/.raychat-node.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+BIN=${RAYCHAT_BIN:-$ROOT/.venv/bin}
+STATE=${RAYCHAT_NODE_DIR:-$HOME/.raychat-node}
+START_S=120 # for Ray to come up; 8 to 18 s are usual
+STOP_S=60   # Ray drains its node for up to 30 s first
+
+fail() {
+  echo "node.sh: $*" >&2
+  exit 1
+}
+
+setup() {
+  local python=${PYTHON:-python3}
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "raychat needs Python 3.11 or newer: install one and name it, PYTHON=python3.12 $0 setup"
+  "$python" -m venv "$ROOT/.venv"
+  "$ROOT/.venv/bin/pip" install --quiet --disable-pip-version-check -c "$ROOT/.ci/constraints.txt" -e "$ROOT" "$@"
+}
+
+# The local disk of the machine, if it has one, at $1. It is emptied: what lies on it never outlives the machine.
+local_disk() {
+  local at=$1 disk=
+  sudo mkdir -p "$at"
+  mountpoint -q "$at" || for disk in /dev/disk/by-id/{nvme-Amazon_EC2_NVMe_Instance_Storage_*,google-local-nvme-ssd-0}; do
+    if mountpoint -q /opt/dlami/nvme; then # images for deep learning on AWS have it mounted
+      sudo mount --bind /opt/dlami/nvme "$at" && break
+    elif [ -b "$disk" ]; then
+      sudo mkfs.ext4 -q -F "$disk" && sudo mount "$disk" "$at" && break
+    fi
+  done
+  sudo chown "$(id -u):$(id -g)" "$at"
+}
+
+address() { # that the watcher asks, from the options of `ray start`
+  local option port=6379 joins=
+  for option in "$@"; do
+    case $option in
+      --address=*) joins=${option#--address=} ;;
+      --port=*) port=${option#--port=} ;;
+    esac
+  done
+  echo "${joins:-127.0.0.1:$port}"
+}
+
+start() {
+  [ "${1:-}" = start ] || fail "only 'ray start' is run here, not 'ray ${1:-}'"
+  shift
+  [ -x "$BIN/ray" ] || fail "there is no $BIN/ray: run '$0 setup' first"
+  if [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -s "$HOME/.ray/auth_token" ]; then
+    fail "there is no token in ~/.ray/auth_token: make one with '$BIN/ray get-auth-token --generate', and copy it to all machines"
+  fi
+  stop
+  mkdir -p "$STATE"
+  export RAY_AUTH_MODE=token
+  set -a
+  # shellcheck source=/dev/null
+  [ ! -f "$HOME/raychat.env" ] || . "$HOME/raychat.env"
+  set +a
+  ulimit -n 65536 2>/dev/null || true
+  : >"$STATE/ray.log"
+  setsid nohup "$BIN/ray" start "$@" --block >"$STATE/ray.log" 2>&1 </dev/null &
+  echo $! >"$STATE/ray.pid"
+  for ((i = 0; i < START_S; i++)); do
+    grep -q 'Ray runtime started' "$STATE/ray.log" && break
+    kill -0 "$(cat "$STATE/ray.pid")" 2>/dev/null || break
+    sleep 1
+  done
+  if ! grep -q 'Ray runtime started' "$STATE/ray.log"; then
+    cat "$STATE/ray.log" >&2
+    fail "Ray did not start; its output stands above"
+  fi
+  setsid nohup "$0" watch "$(address "$@")" >>"$STATE/watcher.log" 2>&1 </dev/null &
+  echo $! >"$STATE/watcher.pid"
+  echo "node.sh: Ray runs; stop it with '$0 stop', see $STATE/ray.log and $STATE/watcher.log"
+}
+
+# The watcher, started again whenever it ends. Bash hands SIGTERM on, so that a shutdown of the machine drains the node.
+watch() {
+  local child=
+  trap 'kill -TERM "$child" 2>/dev/null; wait "$child"; exit' TERM
+  cd "$ROOT"
+  while true; do
+    "$BIN/python" -m raychat.on_ray.node_watcher --address "$1" &
+    child=$!
+    wait "$child" || true
+    sleep 5 &
+    child=$!
+    wait "$child" || true
+  done
+}
+
+stop() {
+  local name pid
+  for name in watcher ray; do
+    [ -s "$STATE/$name.pid" ] || continue
+    pid=$(cat "$STATE/$name.pid")
+    # A machine that was started anew may have given the number to another process.
+    if grep -aq -e node.sh -e 'ray' "/proc/$pid/cmdline" 2>/dev/null; then
+      if [ "$name" = watcher ]; then
+        kill -KILL -- "-$pid" 2>/dev/null || true # its SIGTERM means that the machine goes
+      else
+        kill -TERM "$pid" 2>/dev/null || true
+        for ((i = 0; i < STOP_S; i++)); do
+          kill -0 "$pid" 2>/dev/null || break
+          sleep 1
+        done
+        kill -KILL -- "-$pid" 2>/dev/null || true # what is left of its session
+      fi
+    fi
+    rm -f "$STATE/$name.pid"
+  done
+}
+
+case ${1:-} in
+  setup) setup "${@:2}" ;;
+  disk) local_disk "${2:?disk PATH}" ;;
+  ray) start "${@:2}" ;;
+  watch) watch "${2:?watch ADDRESS}" ;;
+  stop) stop ;;
+  *) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" && exit 2 ;;
+esac
