@@ -15,6 +15,7 @@ import ray
 from raychat.on_ray.cluster import Cluster
 from raychat.on_ray.crew import Crew, remove_placement_groups
 from raychat.on_ray.evaluators import Evaluators
+from raychat.on_ray.gauges import RunGauges
 from raychat.on_ray.inbox import ControllerState, ControllerUp, Hello, Message, Post, Rank
 from raychat.on_ray.limits import RunFailedError, WorkerError, check_wait, limit_reached
 from raychat.on_ray.nodes import NodeWatch, kill_process
@@ -53,6 +54,7 @@ class Supervisor:
         self.watch = NodeWatch(self.use_gpu)
         self.room = Room(self.watch, self.use_gpu, most=self.most, fewest=self.fewest)
         self.evaluators = Evaluators(session, self.watch, use_gpu=self.use_gpu)
+        self.gauges = RunGauges(session)
         self.own_node = ray.get_runtime_context().get_node_id()
         self.last_save_s: float | None = None
         self.step_s = 0.0
@@ -83,12 +85,14 @@ class Supervisor:
         finally:
             self.room.release()
             self.evaluators.make_way()
+            self.gauges.end()
 
     def _evaluate_rest(self, ending: Ending) -> Ending:
         """A run that is trained to its end waits for its evaluations, one that was stopped does not."""
 
         def stopped() -> bool:
             self._check_session()
+            self.gauges.keep(workers=0)
             return self.stop_asked() is not None or limit_reached(self.session)
 
         return ending if ending == "stopped" or self.evaluators.finish(stopped) else "stopped"
@@ -115,6 +119,7 @@ class Supervisor:
                 self.echo(self._waiting_line(patience.waited_s))
             check_wait(self.session, patience.waited_s, fewest=self.fewest)
             self._watchers.keep()
+            self.gauges.keep(workers=0)
             time.sleep(LOOK_S if told else TICK_S)
 
     def _waiting_line(self, waited_s: float) -> str:
@@ -161,6 +166,7 @@ class Supervisor:
             time.sleep(TICK_S)
             make_way = self._read_inbox(shift)
             self._check_session()
+            self.gauges.keep(workers=len(shift.ranks) if shift.training else 0)
             self.evaluators.tick(may_start=shift.training and shift.crew.workers == self.most)
             if self.session.ended:
                 shift.crew.join(LAST_WORDS_S)
@@ -226,6 +232,7 @@ class Supervisor:
                     self._noted(message, shift)
                 if isinstance(message, Metrics):
                     self.step_s = message.values.get("train/dt", self.step_s)
+                    self.gauges.told(message)
                 self.session.receive(message)
         return False
 

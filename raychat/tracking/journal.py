@@ -85,6 +85,8 @@ class Journal:
         """metric records refused whole, because the current branch already holds their step"""
         self.lost = 0
         """records that could not be written (disk full); the training went on without them"""
+        self.newest: dict[str, Any] = {}
+        """the last value of each metric; None where it was no number"""
         self._seen, self._reader = _Seen(), reader
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +161,7 @@ class Journal:
         elif is_metrics(record):
             for key in record.keys() - RESERVED:
                 self._seen.add(record["step"], key)
+                self.newest[key] = record[key]
         self._reader(record)
 
     def _append(self, record: Mapping[str, Any]) -> bool:

@@ -40,7 +40,7 @@ def summarize(
     what was expected.
     """
     tokens = _tokens(state, config.model.max_seq_len, recipe.total_batch_size)
-    starts = _of_kind(events, "start")
+    counts = interruptions(events)
 
     def typical(key: str) -> float | None:
         values = [record[key] for record in records if record.get(key) is not None]
@@ -57,10 +57,9 @@ def summarize(
         total_training_time_s=state.get("total_training_time_s"),
         wall_time_s=ledger.wall_s,
         goodput=ledger.goodput,
-        restarts=max(0, len(starts) - 1),
-        preemptions=sum(failure["cause"] == "preempted" for failure in _of_kind(events, "failure")),
-        replayed_steps=sum(start["replayed"] for start in starts)
-        + sum(event["bad_step"] - event["from_step"] for event in _of_kind(events, "rollback")),
+        restarts=counts["restarts"],
+        preemptions=counts["preemptions"],
+        replayed_steps=counts["replayed_steps"],
         tok_per_sec=typical("train/tok_per_sec"),
         mfu=typical("train/mfu"),
         peak_memory_bytes=peak_memory_bytes,
@@ -71,12 +70,24 @@ def summarize(
         **ledger.accounts(),
         failed_saves=len(_of_kind(events, "save_failed")),
         rollbacks=len(_of_kind(events, "rollback")),
-        skipped_batches=len({event["cursor"] for event in _of_kind(events, "rollback", "bad_step")}),
+        skipped_batches=counts["skipped_batches"],
         error=error if status == "failed" else None,
         retry_helps=retry_helps if status == "failed" else None,
         forecast=None,
     )
     return dataclasses.replace(summary, forecast=forecast(summary))
+
+
+def interruptions(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """What came between a run and its end, counted from all events of its journal."""
+    starts, rollbacks = _of_kind(events, "start"), _of_kind(events, "rollback")
+    return {
+        "restarts": max(0, len(starts) - 1),
+        "preemptions": sum(failure["cause"] == "preempted" for failure in _of_kind(events, "failure")),
+        "replayed_steps": sum(start["replayed"] for start in starts)
+        + sum(event["bad_step"] - event["from_step"] for event in rollbacks),
+        "skipped_batches": len({event["cursor"] for event in _of_kind(events, "rollback", "bad_step")}),
+    }
 
 
 def evaluated(state: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -72,7 +72,7 @@ class Session:
             store.check_usable()
         self.lease = Lease(store)
         self.lease.acquire(self.echo)
-        self._book, self._events = Book(), list[Mapping[str, Any]]()
+        self.book, self.events = Book(), list[Mapping[str, Any]]()
         self.mirror = Mirror(self.run_dir, store, echo=self.echo, allowed=lambda: not self.lease.lost)
         try:
             self.mirror.pull(fresh=config.run.fresh)
@@ -122,7 +122,7 @@ class Session:
 
     def starts(self) -> list[Mapping[str, Any]]:
         """The events that began the run's attempts so far, those of earlier drivers too."""
-        return [event for event in self._events if event["event"] == "start"]
+        return [event for event in self.events if event["event"] == "start"]
 
     def begin_attempt(self, *, nodes: int = 1, **facts: Any) -> Job:
         """What the ranks need for the next attempt, from the newest good checkpoint.
@@ -164,8 +164,8 @@ class Session:
         before = self.ledger()
         return Job(
             config=self.config.flat(),
-            tokens_dir=str(self.data.manifest.folder),
-            tokenizer_dir=str(self.data.tokenizer_dir),
+            tokens_dir=self.data.manifest.store.address,
+            tokenizer_dir=self.data.tokenizer_address,
             checkpoint=self.checkpoints.child(checkpoint.folder_name(step)).address if self.start else None,
             attempt=attempt,
             attempt_started=time.time(),
@@ -189,7 +189,7 @@ class Session:
         facts = {"cause": cause, "step": self._steps_done, "error": self.hide(error)}
         self.journal.event("failure", **facts, step_time_s=self._step_time_s)
         limits = self.config.cluster
-        reason = give_up(self._events, max_failures=limits.max_failures, max_preemptions=limits.max_preemptions)
+        reason = give_up(self.events, max_failures=limits.max_failures, max_preemptions=limits.max_preemptions)
         self._given_up = reason and f"{reason} The last error: {facts['error']}"
         return reason
 
@@ -247,7 +247,7 @@ class Session:
     def ledger(self) -> Ledger:
         """Where time and money went until now."""
         now = {"event": "now", "time": time.time(), "driver": self.lease.holder}
-        return self._book.closed(self._price, last=now)
+        return self.book.closed(self._price, last=now)
 
     def cost_usd(self) -> float | None:
         """Dollars until now; None without a price."""
@@ -260,9 +260,9 @@ class Session:
 
     def _take_in(self, record: Mapping[str, Any]) -> None:
         """Keep what is needed of each record: a journal grows too large to be read again at every restart."""
-        self._book.take(record)
+        self.book.take(record)
         if record.get("event", "journal") != "journal":
-            self._events.append(record)
+            self.events.append(record)
 
     def tracking_facts(self) -> dict[str, Any]:
         """What MLflow is told about the run besides its metrics: name, params and the dataset."""
@@ -333,7 +333,7 @@ class Session:
         why = {"error": self._why(error), "retry_helps": self._may_pass} if status == "failed" else {}
         self.journal.event("end", status=status, productive_s=survived, step_time_s=self._step_time_s, **why)
         summary = self._summary(status, mlflow_run_id, error)
-        last = outcome.last_metrics(self._book.closed(self._price), summary)
+        last = outcome.last_metrics(self.book.closed(self._price), summary)
         self.journal.log(max(0, self.journal.high_water), last)
         with self._warned("the end of the journal"):
             self.journal.close()
@@ -376,14 +376,14 @@ class Session:
             self.recipe,
             state=self.state,
             records=self._all_records(),
-            events=self._events,
-            ledger=self._book.closed(self._price),
+            events=self.events,
+            ledger=self.book.closed(self._price),
             peak_memory_bytes=self.peak_memory_bytes,
             checkpoint=self.checkpoints.child(checkpoint.folder_name(saved[0])).uri if saved else None,
             mlflow_run_id=mlflow_run_id,
             error=self._why(error),
             retry_helps=self._may_pass,
-            forecast=lambda summary: self.forecast.compare(summary, self._events),
+            forecast=lambda summary: self.forecast.compare(summary, self.events),
         )
 
     def _run_hook(self, summary: Summary) -> None:
