@@ -4,16 +4,14 @@ from dataclasses import dataclass, field, replace
 
 from raychat.checks import require
 from raychat.config import Config
-from raychat.planning.efficiency import CALIBRATION, core_rate, mfu_range
+from raychat.planning.communication import StepParts
+from raychat.planning.pace import body_flops, find_pace, recomputation
 from raychat.planning.ranges import Range
 from raychat.planning.save_interval import LEAST_STALL_S, save_interval_s
 from raychat.planning.scaling import ModelShape, Recipe, param_counts
-from raychat.planning.target import Target, plan_compiled, plan_dtype
+from raychat.planning.target import Target, plan_compiled
 
 ZERO = Range.exactly(0.0)
-# Several devices where the MFU is of one: assumed, all-reduce and reduce-scatter within a machine and between machines.
-WITHIN_A_MACHINE = Range(0.90, 0.96, 1.0)
-BETWEEN_MACHINES = Range(0.65, 0.88, 0.98)
 
 # Forward passes of evaluation, a third of a training pass's FLOPs, at so much of its rate. GPU: 41.9 M tokens of d10 in
 # about 70 s on an A100 (document 004) are 31.7% of the peak against 47.0% in training. CPU: `make demo`, docs/evaluation.md.
@@ -21,10 +19,8 @@ EVALUATION_RATE = {"cuda": Range(0.54, 0.67, 0.80), "cpu": Range(0.70, 0.87, 1.0
 CORE_TASKS, CORE_ITEMS = 22, 91_000  # tasks of the metric, and about how many items they have together
 # 440 items on d4 took 16.5 s on 2 cores without the head's FLOPs (docs/evaluation.md): tokens an item, at the rate of training.
 CORE_TOKENS = Range(200, 400, 800)
-CORE_RATE = {
-    "cuda": Range(0.08, 0.25, 0.5),
-    "cpu": Range(0.7, 1.0, 1.2),
-}  # not compiled, passes of every size; cuda assumed
+# Not compiled, passes of every size; cuda assumed.
+CORE_RATE = {"cuda": Range(0.08, 0.25, 0.5), "cpu": Range(0.7, 1.0, 1.2)}
 
 BYTES_A_PARAMETER, BYTES_OF_MOMENTS = 12, 8  # float32 weights and two moments, as raychat.training.checkpoint estimates
 # Bytes per second: into host memory (25 and 3.6 measured on a CPU; PCIe between), and to storage: a disk or a shared file
@@ -35,17 +31,15 @@ STORAGE = {"files": Range(0.15e9, 0.5e9, 2e9), "objects": Range(0.05e9, 0.2e9, 1
 START = Range(9, 14, 24)  # seconds from the command to the first step: 14.0 measured on a CPU (docs/faults.md)
 START_GPU = Range(10, 20, 45)  # the same with CUDA's and nccl's own, assumed
 COMPILE = {"cuda": Range(30, 60, 120), "cpu": Range(5, 30, 80)}  # cuda: estimate; cpu: 7 s cached, 54 s cold
-RECOVERY = Range(
-    8, 12, 25
-)  # from a failure to the next first step: 9.5 to 21.5 measured (docs/faults.md), without compiling
+# From a failure to the next first step: 9.5 to 21.5 measured (docs/faults.md), without compiling.
+RECOVERY = Range(8, 12, 25)
 
 TOKENIZER_S_A_CHAR = {"cuda": Range(35e-9, 45e-9, 75e-9), "cpu": Range(45e-9, 60e-9, 100e-9)}
 TOKENIZER_START = Range(0.5, 1.5, 4.0)  # the process
 TOKENIZING_S_A_TOKEN = Range(0.25e-6, 0.30e-6, 0.50e-6)  # CPU seconds on one core, measured end to end
 CHARS_PER_TOKEN = Range(3.5, 4.3, 5.0)
-TOKENS_FOR_A_RUN = Range(
-    1.0, 1.3, 2.0
-)  # tokenized over trained, where the corpus's size is not known: packing loses some
+# Tokenized over trained, where the corpus's size is not known: packing loses some.
+TOKENS_FOR_A_RUN = Range(1.0, 1.3, 2.0)
 CORES_A_GPU = Range(4, 8, 24)  # of a machine that was not named, assumed
 DOWNLOAD = Range(25e6, 100e6, 500e6)  # bytes per second, assumed
 BYTES_A_CHAR = 0.37  # of ClimbMix's parquet files
@@ -93,6 +87,8 @@ class TimeForecast:
     tok_per_sec: Range
     mfu: Range | None
     """percent; None on CPU, and where the peak is not known"""
+    parts: StepParts | None
+    """of one step; None as `mfu`"""
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -122,7 +118,7 @@ class _Job:
     @property
     def forward_rate(self) -> Range:
         """The same for evaluation, which never computes anything twice."""
-        return self.rate.scaled(_recomputation(self.config, self.recipe, self.shape))
+        return self.rate.scaled(recomputation(self.config, self.recipe, self.shape))
 
 
 def forecast_time(
@@ -141,17 +137,14 @@ def forecast_time(
     `corpus_chars` is the size of the files that will be tokenized, None where it is not known.
     """
     measured, sources = measured or Measured(), dict[str, str]()
-    work = float(recipe.flops_per_token) * recipe.total_batch_size
-    rate = _rate(config, recipe, shape, target, sources)
-    if measured.step_s:
-        step_s = Range.around(measured.step_s, max(0.03, measured.step_spread))
-        sources["steps"] = f"measured: {measured.step_s:.4g} s a step"
-        rate = step_s.under(work)
-    elif rate is None:
+    known = Range.around(measured.step_s, max(0.03, measured.step_spread)) if measured.step_s else None
+    pace = find_pace(config, recipe, shape, target, known, sources)
+    if pace is None:
         return None
-    else:
-        step_s = rate.under(work)
-    job = _Job(config=config, recipe=recipe, shape=shape, target=target, measured=measured, rate=rate, sources=sources)
+    step_s = pace.step_s
+    job = _Job(
+        config=config, recipe=recipe, shape=shape, target=target, measured=measured, rate=pace.rate, sources=sources
+    )
     tok_per_sec = step_s.under(float(recipe.total_batch_size))
     eval_s = _one_evaluation(job)
     steps, evaluation = step_s.scaled(recipe.num_iterations), _evaluation(job, eval_s)
@@ -172,6 +165,7 @@ def forecast_time(
         mfu=tok_per_sec.scaled(100 * recipe.flops_per_token / (target.peak.flops * target.workers))
         if target.peak
         else None,
+        parts=pace.parts,
         sources=sources,
     )
     return replace(forecast, replay=_replay(job, forecast, interval_s))
@@ -180,64 +174,6 @@ def forecast_time(
 def evaluations(every: int, steps: int) -> int:
     """How often bits per byte are evaluated: at step 0, at each multiple of `every`, and at the last step; -1: never."""
     return (steps - 1) // every + 2 if every > 0 else 0
-
-
-def _rate(config: Config, recipe: Recipe, shape: ModelShape, target: Target, sources: dict[str, str]) -> Range | None:
-    """FLOPs per second of training, counted without recomputation; the reasons go to `sources`."""
-    calibration = config.base_dir / CALIBRATION
-    again = _recomputation(config, recipe, shape)
-    dtype = plan_dtype(config, target)
-    rows = recipe.total_batch_size // shape.sequence_len
-    most = -(-rows // target.workers)  # rows of the rank that has the most of them, for which the others wait
-    if target.device == "cpu":
-        if not target.cores:
-            return None
-        found = core_rate(dtype, depth=shape.n_layer, width=shape.n_embd, calibration=calibration)
-        sources["steps"] = f"{target.cores} cores x {found.source}"
-        return found.flops.scaled(_busy_cores(target, rows / most, config.cluster.threads) * target.machines / again)
-    efficiency = mfu_range(
-        target.gpu,
-        shape.n_layer,
-        fp8=config.precision.fp8,
-        device_batch_size=min(config.batch.device_batch_size, most),
-        sequence_len=shape.sequence_len,
-        dtype=dtype,
-        user_mfu=config.plan.mfu,
-        calibration=calibration,
-    )
-    if efficiency is None or target.peak is None:
-        return None
-    sources["steps"] = f"MFU {efficiency.source}"
-    rate = efficiency.percent.scaled(target.peak.flops / 100 * rows / most / again)
-    if efficiency.devices == 1 < target.workers:
-        rate = rate.times(WITHIN_A_MACHINE)
-        sources["steps"] += f"; {target.workers} GPUs together at 90 to 100% of that, assumed"
-    if efficiency.devices and target.machines > 1:
-        rate = rate.times(BETWEEN_MACHINES)
-        sources["steps"] += f"; {target.machines} machines at 65 to 98% of that, assumed"
-    return rate
-
-
-def _busy_cores(target: Target, ranks: float, threads: int) -> float:
-    """Cores of a machine that compute: each rank has as many threads, and all have work for so many `ranks`.
-
-    With more ranks than cores none idles: those that wait leave their core to the others.
-    """
-    if threads != -1:
-        return min(target.cores, threads * ranks)
-    return target.cores if target.workers >= target.cores else target.cores // target.workers * ranks
-
-
-def _recomputation(config: Config, recipe: Recipe, shape: ModelShape) -> float:
-    """How much longer a pass is for computing the blocks' activations twice: their forward part is done again."""
-    if not config.precision.grad_checkpoint:
-        return 1.0
-    return 1 + _body_flops(recipe, shape) / 3 / recipe.flops_per_token
-
-
-def _body_flops(recipe: Recipe, shape: ModelShape) -> float:
-    """Training FLOPs per token without the head."""
-    return recipe.flops_per_token - 6 * param_counts(shape).lm_head
 
 
 def _one_evaluation(job: _Job) -> Range:
@@ -274,7 +210,7 @@ def _core(job: _Job) -> Range:
     cap = settings.core_metric_max_per_task
     items = CORE_ITEMS if cap == -1 else min(CORE_ITEMS, CORE_TASKS * cap)
     rate = job.forward_rate.times(CORE_RATE[job.target.device])
-    work = CORE_TOKENS.scaled(items * _body_flops(job.recipe, job.shape) / 3)
+    work = CORE_TOKENS.scaled(items * body_flops(job.recipe, job.shape) / 3)
     once = Range(work.low / rate.high, work.mid / rate.mid, work.high / rate.low)
     count = -(-steps // every)  # at multiples of it, not at step 0, and at the last one
     job.sources["core"] = f"{count} x {items:,} items of some 400 tokens, not compiled: an estimate"

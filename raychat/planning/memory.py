@@ -18,7 +18,8 @@ from raychat.planning.activations import (
     saved_bytes,
     stem_bytes,
 )
-from raychat.planning.scaling import VALUE_GATE_CHANNELS, ModelShape, has_value_embedding, param_counts
+from raychat.planning.scaling import ModelShape, has_value_embedding, param_counts
+from raychat.planning.stacks import embedding_bytes, padded_bytes, unit_stacks
 
 SHARE = (
     0.9  # of a device's memory, to plan with: allocators fragment, and libraries take memory that torch does not count
@@ -125,48 +126,28 @@ def weight_bytes(shape: ModelShape, dtype: str) -> int:
     counts = param_counts(shape)
     embeddings = counts.wte + counts.value_embeds
     rotary = ROTARY_REACH * shape.sequence_len * shape.head_dim * (4 if dtype == "float32" else 2)
-    return _stored(dtype) * embeddings + 4 * (counts.total - embeddings) + rotary
+    return embedding_bytes(dtype) * embeddings + 4 * (counts.total - embeddings) + rotary
 
 
 def gradient_bytes(shape: ModelShape, dtype: str) -> int:
     """Bytes of all gradients, which have the dtype of their parameters."""
     counts = param_counts(shape)
     embeddings = counts.wte + counts.value_embeds
-    return _stored(dtype) * embeddings + 4 * (counts.total - embeddings)
+    return embedding_bytes(dtype) * embeddings + 4 * (counts.total - embeddings)
 
 
 def optimizer_bytes(shape: ModelShape, dtype: str, workers: int, rank: int = 0) -> int:
     """Bytes of the optimizer's state on `rank`: AdamW's moments by rows, Muon's momentum by matrices."""
     total = 0
-    for units, each in _units(shape, dtype):
-        share = -(-units // workers)
-        total += each * (min((rank + 1) * share, units) - min(rank * share, units))
+    for stack in unit_stacks(shape, dtype):
+        share, units = stack.share(workers), stack.units
+        total += stack.state_bytes * (min((rank + 1) * share, units) - min(rank * share, units))
     return total
-
-
-def _stored(dtype: str) -> int:
-    """Bytes of an element of the embeddings."""
-    return 2 if dtype == "bfloat16" else 4
-
-
-def _units(shape: ModelShape, dtype: str) -> Iterator[tuple[int, int]]:
-    """Units of the optimizer that are dealt out together: how many, and the bytes of the state of each."""
-    C, L, kv, rows = shape.n_embd, shape.n_layer, shape.n_kv_head * shape.head_dim, shape.padded_vocab
-    value_layers = sum(has_value_embedding(layer, L) for layer in range(L))
-    yield rows, 2 * 4 * C  # lm_head
-    yield rows, 2 * _stored(dtype) * C  # wte
-    for _ in range(value_layers):
-        yield rows, 2 * _stored(dtype) * kv
-    yield 1, 2 * 4 * param_counts(shape).scalars  # in truth one unit per parameter, all of rank 0
-    shapes = [(4 * C, C, L), (C, 4 * C, L), (shape.n_kv_head, VALUE_GATE_CHANNELS, value_layers)]
-    shapes += [(C, C, 4 * L)] if kv == C else [(C, C, 2 * L), (kv, C, 2 * L)]
-    for m, n, count in shapes:
-        yield count, 4 * (m * n + (m if m >= n else n))  # momentum, and one value per row or column
 
 
 def _pass_moments(run: TrainingPass, *, again: bool) -> Iterator[dict[str, Any]]:
     """The loss and the backward pass of each block; `again`: gradients of an earlier pass are there from the beginning."""
-    shape, stored = run.shape, _stored(run.dtype)
+    shape, stored = run.shape, embedding_bytes(run.dtype)
     everything = gradient_bytes(shape, run.dtype)
     height, ahead = logits_bytes(run)
     # The chunked loss counts its gradient of the head among the logits until it becomes the parameter's.
@@ -216,8 +197,9 @@ def _update(shape: ModelShape, dtype: str, device: str, workers: int) -> dict[st
     exchange = 0
     if workers > 1 and device == "cpu":  # the bucket of all gradients stays while parameters go through another
         exchange = 2 * gradients
-    elif workers > 1:  # stacked matrices going out and coming in, padded, beside this rank's share of the result
-        exchange = max(4 * counts.transformer_matrices, gradients) + gradients // workers
+    elif workers > 1:  # all parameters coming in, padded to equal shares, and this rank's share
+        padded = padded_bytes(shape, dtype, workers)
+        exchange = padded + padded // workers
     norm = 8 * counts.wte // workers if device == "cpu" else 0  # a float64 copy of the largest gradient
     return {
         "moment": "update",
