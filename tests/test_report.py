@@ -365,3 +365,11 @@ def test_an_axis_holds_its_values_whatever_they_are(values):
         assert all(-1e-9 <= made.place(value) <= 1 + 1e-9 for value in values)
         assert all(-1e-9 <= made.place(tick) <= 1 + 1e-9 for tick in made.ticks)
         assert made.ticks
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(999.4, "999"), (999.7, "1K"), (1234, "1.23K"), (999_900, "1M"), (0.5, "0.5"), (None, words.UNKNOWN)],
+)
+def test_a_count_takes_the_unit_of_what_it_is_rounded_to(value, text):
+    assert words.count(value) == text

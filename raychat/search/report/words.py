@@ -53,6 +53,7 @@ def count(value: float | None) -> str:
     """A large number with a unit: `1.2M`."""
     if value is None:
         return UNKNOWN
+    value = float(f"{value:.3g}")  # rounded first: 999.7 is 1K
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
