@@ -1,7 +1,6 @@
 """Getting at a Ray cluster: always an explicit one, and only what was started here is stopped."""
 
 import contextlib
-import functools
 import importlib.metadata
 import logging
 import os
@@ -9,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import services
@@ -138,11 +138,18 @@ def _out_of_this_group() -> Iterator[None]:
     """
     popen = services.ConsolePopen
     if sys.platform == "linux":
-        services.ConsolePopen = functools.partial(popen, start_new_session=True)
+        services.ConsolePopen = _Apart
     try:
         yield
     finally:
         services.ConsolePopen = popen
+
+
+class _Apart(services.ConsolePopen):
+    """A process in a session of its own."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, start_new_session=True, **options)
 
 
 def _is_about_a_token(error: BaseException | None) -> bool:

@@ -1,28 +1,32 @@
 """Searches on Ray Tune: full runs as trials, through the death of the search, and with nothing left behind."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import ray
 from ray.util import placement_group, remove_placement_group
+from runs import Ran, run_here
 
 from on_ray.conftest import CPUS, ROOT
 from raychat.config import Config
 from raychat.on_ray import search
 from raychat.on_ray.cluster import Cluster
 from raychat.on_ray.forking import fork
+from raychat.on_ray.processes import children
 from raychat.on_ray.search_data import SharedData
 from raychat.search.book import read_book, search_dir
 from raychat.search.spec import SearchSpec
 from raychat.search.spec_file import to_toml
-from raychat.tracking.journal import read_journal
+from raychat.tracking.journal import read_journal, records_from
+from raychat.tracking.search_table import read_search_row
 from raychat.training import checkpoint
 
 pytestmark = [
@@ -30,7 +34,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
 ]
 HERE = Path(__file__).resolve().parent
-STEPS = 10
+PRETRAIN = ROOT / "jobs" / "pretrain.py"
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -44,44 +49,92 @@ def base_dir(prepared_base, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_flags, base_dir, cluster):
-    """Makes a search of two configurations that can be and two that cannot."""
+def spec(tiny_flags, base_dir) -> SearchSpec:
+    """A search of two configurations that can be and two that cannot."""
+    own = {"num_iterations": STEPS, "eval_every": 6, "save_every": 2, "price_per_hour": 1.0, "threads": 1}
+    return SearchSpec(
+        name="s",
+        base=tiny_flags | own | {"base_dir": str(base_dir)},
+        space={"matrix_lr": [0.02, 0.04], "device_batch_size": [2, 3]},
+        scheduler="none",
+        noise_repeats=0,
+        confirm_seeds=0,
+        concurrency=1,
+    )
 
-    def make(name: str, **changes) -> SearchSpec:
-        base = tiny_flags | {
-            "base_dir": str(base_dir),
-            "num_iterations": STEPS,
-            "eval_every": 5,
-            "save_every": 2,
-            "address": cluster.address,
-            "price_per_hour": 1.0,
-        }
-        space = {"matrix_lr": [0.02, 0.04], "device_batch_size": [2, 3]}
-        settings = {"scheduler": "none", "noise_repeats": 0, "confirm_seeds": 0, "concurrency": 2}
-        return SearchSpec(name=name, base=base, **(settings | {"space": space} | changes))
 
-    return make
+@dataclass
+class Story:
+    """A search through what befalls one: its first run is hit by all of it, the second by nothing."""
+
+    spec: SearchSpec
+    folder: Path
+    runs: Path
+    stopped: list[str] = field(default_factory=list)
+    """what it said that was stopped with its process group"""
+    code: int = -1
+    """with which that one ended"""
+    report_then: bool = False
+    """whether there was a report"""
+    left: list[int] = field(default_factory=list)
+    """processes that outlived it"""
+    lines: list[str] = field(default_factory=list)
+    """what was said by the one that came to the end"""
+
+    def steps(self, run: int = 0) -> int:
+        """Records in the journal of a run."""
+        return len(read_journal(self.runs / f"s-{run:03d}" / "metrics.jsonl"))
+
+    def events(self, kind: str, run: int = 0) -> list[dict]:
+        return [r for r in read_events(self.runs / f"s-{run:03d}" / "metrics.jsonl") if r.get("event") == kind]
+
+    def begin(self, environment: dict[str, str], said: Path) -> subprocess.Popen[bytes]:
+        """The search in a process group of its own, with slow runs."""
+        file = self.folder.parent / "s.toml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(to_toml(self.spec))
+        command = [sys.executable, str(HERE / "slow_search.py"), str(file)]
+        with said.open("wb") as out:
+            return subprocess.Popen(
+                command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def goes_on(self, what: str) -> None:
+        """Wait until the first run makes more steps."""
+        before = self.steps()
+        wait_until(lambda: self.steps() > before, what)
 
 
 @pytest.fixture(scope="module")
-def whole(connected, spec, base_dir):
-    """An undisturbed search of two runs at a time on two free CPUs: its lines, and its book."""
-    lines: list[str] = []
+def story(connected, spec, cluster, environment, base_dir, tmp_path_factory) -> Story:
+    """A worker is killed; then the search is stopped with all its group; then it is killed; then it comes to its end."""
+    told = Story(spec, search_dir(base_dir, "s"), base_dir / "runs")
+    said = tmp_path_factory.mktemp("said") / "lines"
+    on_own_cluster = told.begin(environment, said)
+    wait_until(lambda: checkpoint.steps(told.runs / "s-000" / "checkpoints"), "no checkpoint")
+    os.kill(training_worker(on_own_cluster.pid), signal.SIGKILL)
+    wait_until(lambda: len(told.events("start")) > 1, "the worker does not come back")
+    told.goes_on("it does not train again")
+    os.killpg(on_own_cluster.pid, signal.SIGTERM)
+    told.code = on_own_cluster.wait(60.0)
+    told.stopped, told.report_then = said.read_text().splitlines(), (told.folder / "report.html").exists()
+    told.left = drivers(base_dir)
+
+    with told.begin(environment | {"RAY_ADDRESS": cluster.address}, said) as on_ours:
+        told.goes_on("it does not go on where it was stopped")
+        assert drivers(base_dir), "a run is no process of its own"
+        on_ours.kill()
+    wait_until(lambda: not drivers(base_dir), "runs outlive their search", 15.0)
+    wait_until(lambda: free_cpus() == CPUS, "workers outlive their search", 30.0)
+
     taken = placement_group([{"CPU": CPUS - 2}])
     ray.get(taken.ready())
     try:
-        assert search.run(spec("whole"), script=ROOT / "jobs" / "pretrain.py", echo=lines.append)
+        both = dataclasses.replace(spec, concurrency=2)
+        assert search.run(both, script=PRETRAIN, echo=told.lines.append)
     finally:
         remove_placement_group(taken)
-    return lines, read_book(search_dir(base_dir, "whole"))[1]
-
-
-def results(book) -> dict:
-    """Arm -> what must not depend on how often a search was killed."""
-    return {
-        trial.arm: (outcome.status, outcome.reason, outcome.val_bpb, outcome.tokens, outcome.facts.get("step"))
-        for trial, outcome in book.runs()
-    }
+    return told
 
 
 def wait_until(condition, what, seconds=120.0):
@@ -91,8 +144,18 @@ def wait_until(condition, what, seconds=120.0):
         time.sleep(0.1)
 
 
+def read_events(journal: Path) -> list[dict]:
+    return [record for record, _ in records_from(journal)] if journal.exists() else []
+
+
+def training_worker(driver: int) -> int:
+    """The process that trains on the cluster that the process `driver` has started."""
+    (found,) = [pid for pid in children(driver) if "RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return found
+
+
 def drivers(folder: Path) -> list[int]:
-    """Processes whose command names `folder`, those of the search itself apart."""
+    """Processes of runs whose command names `folder`."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -105,78 +168,62 @@ def free_cpus() -> int:
     return int(ray.available_resources().get("CPU", 0))
 
 
-def test_a_search_makes_full_runs_and_enters_what_came_out(whole, base_dir):
-    lines, book = whole
-    found = results(book)
-    assert {arm: status for arm, (status, *_) in found.items()} == {
+def undisturbed(story: Story, tag: str, **settings) -> Ran:
+    """The run of these settings without Ray, without a search, and with nothing in its way."""
+    return run_here(Config.from_flat(settings | {"model_tag": f"alone-{tag}"}, story.spec.base_config))
+
+
+def test_a_search_makes_full_runs_and_enters_what_came_out(story):
+    _, book = read_book(story.folder)
+    found = {trial.arm: (trial.tag, outcome) for trial, outcome in book.runs()}
+    assert {arm: outcome.status for arm, (_, outcome) in found.items()} == {
         "base": "finished",
         "matrix_lr=0.04": "finished",
         "device_batch_size=3": "infeasible",
         "device_batch_size=3,matrix_lr=0.04": "infeasible",
     }
-    assert found["base"][2] != found["matrix_lr=0.04"][2]
-    assert all(outcome.cost_usd for outcome in book.done.values() if outcome.status == "finished")
-    for trial, outcome in book.runs():
-        run_dir = base_dir / "runs" / trial.tag
-        assert (run_dir / "summary.json").exists() == (outcome.status == "finished")
-    assert lines[-1].startswith("finished: 4 done")
-    folder = search_dir(base_dir, "whole")
-    assert {"report.html", "report.md", "trials.csv", "logs"} <= {path.name for path in folder.iterdir()}
+    for tag, outcome in found.values():
+        assert (story.runs / tag / "summary.json").exists() == (outcome.status == "finished")
+        assert bool(outcome.cost_usd) == (outcome.status == "finished")
+    assert story.lines[-1].startswith("finished: 4 done")
+    assert {"report.html", "report.md", "trials.csv", "logs"} <= {path.name for path in story.folder.iterdir()}
+    assert read_search_row(story.folder).status == "finished"
 
 
-def test_a_search_leaves_no_process_and_no_cpu_taken(whole, base_dir):
+def test_neither_killed_workers_nor_killed_searches_change_what_comes_out(story):
+    _, book = read_book(story.folder)
+    assert len(story.events("failure")) >= 1
+    assert (book.started["s-000"], book.started["s-001"]) == (3, 1)
+    for tag, settings in (("s-000", {}), ("s-001", {"matrix_lr": 0.04})):
+        alone, outcome = undisturbed(story, tag, **settings), book.done[tag]
+        assert outcome.val_bpb == alone.summary.val_bpb
+        assert (outcome.tokens, outcome.facts["step"]) == (alone.summary.tokens, STEPS)
+        records = read_journal(story.runs / tag / "metrics.jsonl")
+        assert [record["train/loss"] for record in records if "train/loss" in record] == alone.losses
+    assert book.done["s-000"].val_bpb != book.done["s-001"].val_bpb
+
+
+def test_a_signal_to_its_whole_process_group_saves_and_ends_the_search_in_good_order(story):
+    assert "s-000 has saved and stopped: it goes on when the search does" in story.stopped
+    assert story.stopped[-1].endswith("jobs/search.py --resume s goes on")
+    assert (story.code, story.report_then, story.left) == (0, True, [])
+
+
+def test_a_search_leaves_no_process_and_no_cpu_taken(story, base_dir):
     wait_until(lambda: free_cpus() == CPUS, "CPUs are still taken")
     assert drivers(base_dir) == []
 
 
-def test_a_search_that_is_over_makes_nothing_again(whole, spec, connected):
-    lines, _ = whole
+def test_a_search_that_is_over_makes_nothing_again(story):
     again: list[str] = []
-    assert search.run(spec("whole"), script=Path("not needed"), echo=again.append)
+    assert search.run(story.spec, script=Path("not needed"), echo=again.append)
     assert not [line for line in again if "started" in line]
-    assert again[-1] == lines[-1]
+    assert again[-1] == story.lines[-1]
 
 
-def test_a_search_that_is_killed_or_stopped_ends_its_trials_and_comes_to_the_same_results(
-    whole, spec, base_dir, environment, tmp_path
-):
-    file = tmp_path / "killed.toml"
-    killed = spec("killed", space={"device_batch_size": [2, 3]})
-    file.write_text(to_toml(killed))
-    command = [sys.executable, str(HERE / "slow_search.py"), str(file)]
-    runs = base_dir / "runs"
-
-    def steps(tag: str) -> int:
-        return len(read_journal(runs / tag / "metrics.jsonl"))
-
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as first:
-        wait_until(lambda: checkpoint.steps(runs / "killed-000" / "checkpoints"), "no checkpoint")
-        assert len(drivers(base_dir)) >= 1
-        first.kill()
-        wait_until(lambda: not drivers(base_dir), "trials outlive their search", 15.0)
-    wait_until(lambda: free_cpus() == CPUS, "workers outlive their search", 30.0)
-    before, said = steps("killed-000"), []
-
-    def stop() -> None:
-        wait_until(lambda: steps("killed-000") > before, "the run does not go on")
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    stopping = threading.Thread(target=stop)
-    stopping.start()
-    assert search.run(killed, script=HERE / "slow_pretrain.py", echo=said.append)
-    stopping.join()
-    assert "killed-000 has saved and stopped: it goes on when the search does" in said
-    assert said[-1].endswith("jobs/search.py --resume killed goes on")
-    assert drivers(base_dir) == []
-    assert search.run(killed, script=ROOT / "jobs" / "pretrain.py", echo=said.append)
-    _, book = read_book(search_dir(base_dir, "killed"))
-    assert results(book) == {arm: found for arm, found in results(whole[1]).items() if "matrix_lr" not in arm}
-    assert book.started["killed-000"] == 3
-
-
-def test_a_fork_begins_with_the_checkpoint_of_its_trunk(whole, spec, base_dir):
-    base = spec("whole").base_config
-    trunk = Config.from_flat({"model_tag": "whole-000"}, base)
+def test_a_fork_begins_with_the_checkpoint_of_its_trunk(story):
+    base = story.spec.base_config
+    trunk = Config.from_flat({"model_tag": "s-000"}, base)
     step = checkpoint.steps(trunk.run_dir / "checkpoints")[0]
     sibling = Config.from_flat({"model_tag": "sibling"}, base)
     lines: list[str] = []
@@ -226,7 +273,7 @@ def test_trials_at_a_time_follow_from_the_cluster(spec, monkeypatch, flags, want
     monkeypatch.setattr(Cluster, "gpus", 0)
     monkeypatch.setattr(Cluster, "cpus", 4)
     monkeypatch.setattr(Cluster, "machines", 2)
-    base = spec("room").base | flags
+    base = {name: value for name, value in spec.base.items() if name != "threads"} | flags
     made = SearchSpec(name="room", base=base, space={"matrix_lr": [0.02, 0.04]}, concurrency=wanted)
     assert search.concurrency(made, Cluster("somewhere", "", started_here=False)) == trials
 
