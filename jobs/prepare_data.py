@@ -38,9 +38,9 @@ def main(args: list[str]) -> int:
     if VERIFY in args:
         with Progress("verifying", sum(shard.bytes for shard in manifest.shards) / 1e6, "MB", echo=echo) as progress:
             for shard in manifest.shards:
-                verify_shard(manifest.folder, shard)
+                verify_shard(manifest.store, shard)
                 progress.advance(shard.bytes / 1e6)
-    echo(f"prepared: {manifest.folder}")
+    echo(f"prepared: {manifest.store}")
     return 0
 
 

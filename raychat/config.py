@@ -19,6 +19,7 @@ from raychat.uris import public_uri
 
 DEFAULT_WARMUP_STEPS = 40
 OBJECT_STORES = ("s3", "gs")
+BESIDE_RUNS = ("tokens", "tokenizers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class RunSettings:
     base_dir: str = ""
     """where everything is kept; default: RAYCHAT_BASE_DIR, else ~/.cache/raychat"""
     storage_path: str = ""
-    """where the runs are kept: a folder that all nodes share, or s3:// or gs://; default: <base-dir>/runs"""
+    """where the runs are kept: a folder that all nodes share, or s3:// or gs://, which then has token shards and tokenizers
+    besides; default: RAYCHAT_STORAGE_PATH, else <base-dir>/runs"""
     seed: int = 42
     """seed of the initial weights and of the data order"""
     init_from: str = ""
@@ -424,6 +426,11 @@ class Config:
     plan: PlanSettings = field(default_factory=PlanSettings)
 
     def __post_init__(self) -> None:
+        require(
+            "://" not in self.run.storage_path or self.model_tag not in BESIDE_RUNS,
+            f"--model-tag {self.model_tag}: in an object store, token shards have the folder of this name beside the runs. "
+            "Give another one.",
+        )
         T = self.model.max_seq_len
         total = self.batch.total_batch_size
         if total != -1:

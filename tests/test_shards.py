@@ -115,11 +115,11 @@ def test_a_shard_counts_what_went_into_it(tasks, tokenizer_dir):
 def test_the_sidecar_is_written_after_the_whole_shard(tasks, tmp_path, monkeypatch):
     seen = []
 
-    def look(path, content):
+    def look(store, name, content):
         shard = tmp_path / "tokens" / content["file"]
-        seen.append(shard.stat().st_size == content["bytes"] and not path.exists())
+        seen.append(shard.stat().st_size == content["bytes"] and not store.exists(name))
 
-    monkeypatch.setattr(module, "write_json", look)
+    monkeypatch.setattr(module, "_write_json", look)
     make_shard(tasks[0])
     assert seen == [True]
 
@@ -143,7 +143,7 @@ shards.make_shard(pickle.load(sys.stdin.buffer))
 """
 
 
-@pytest.mark.parametrize("moment", ["_write_rows", "crc32", "write_json"])
+@pytest.mark.parametrize("moment", ["_write_rows", "crc32", "_write_json"])
 def test_a_killed_make_is_made_again_with_the_same_bytes(tasks, tmp_path, moment):
     """SIGKILL before the rows are written, before the rename, and between the shard and its sidecar."""
     killed = subprocess.run([sys.executable, "-c", KILLED, moment], input=pickle.dumps(tasks[0]))

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from raychat.data.shards import (
     shard_tasks,
     write_manifest,
 )
-from raychat.data.tokenizer import Tokenizer, train_tokenizer
+from raychat.data.tokenizer import META_FILE, Tokenizer, digest_in, train_tokenizer
 from raychat.errors import ConfigError, DataError
 from raychat.planning import recipe
 from raychat.planning.files import marks
@@ -54,6 +54,7 @@ from raychat.planning.text import (
 from raychat.progress import Progress
 from raychat.storage import Store
 
+TOKENS, TOKENIZERS = "tokens", "tokenizers"  # folders: under the base directory, or beside the runs in an object store
 PACKING_SAMPLE_DOCS = 512
 SAMPLE_ROWS = 100
 SIZED_FILES = 16  # files whose text is measured; in the rest there is as much per byte
@@ -69,7 +70,15 @@ class TokenData:
 
     corpus: Corpus
     tokenizer_dir: Path
+    """on this machine"""
     manifest: Manifest
+    shared_tokenizer: str = field(default="", repr=False)
+    """address of the tokenizer in the object store that the shards are in; empty: they are in a folder"""
+
+    @property
+    def tokenizer_address(self) -> str:
+        """What `Tokenizer.load` takes on any node."""
+        return self.shared_tokenizer or str(self.tokenizer_dir)
 
     @property
     def corpus_files(self) -> int:
@@ -115,7 +124,9 @@ def run_begun(config: Config) -> dict[str, Any] | None:
 def ensure_tokenizer(config: Config, corpus: Corpus, *, echo: Callable[[str], None]) -> Path:
     """Folder of the tokenizer: the one that `--tokenizer` names, or one trained on this corpus, once."""
     folder = tokenizer_folder(config, corpus)
-    if not (folder / "tokenizer.json").exists():
+    if not (folder / META_FILE).exists():
+        _fetch_tokenizer(config, folder, echo=echo)
+    if not (folder / META_FILE).exists():
         if config.data.tokenizer and os.sep in config.data.tokenizer:
             raise DataError(
                 f"--tokenizer {config.data.tokenizer!r}: there is no tokenizer in {folder}. Correct the folder, or "
@@ -139,11 +150,37 @@ def ensure_tokenizer(config: Config, corpus: Corpus, *, echo: Callable[[str], No
     return folder
 
 
+def shared_store(config: Config) -> Store | None:
+    """The object store that all nodes read tokenizers and token shards from; None where the base directory is shared."""
+    storage = config.run.storage_path
+    return Store.of(storage) if "://" in storage else None
+
+
+def _fetch_tokenizer(config: Config, folder: Path, *, echo: Callable[[str], None]) -> None:
+    """Copy the tokenizer that belongs into `folder` from the object store, where one is used and has it."""
+    store = shared_store(config)
+    if store is None or folder.parent != config.base_dir / TOKENIZERS:
+        return
+    place = store.child(TOKENIZERS, folder.name)
+    if place.exists(META_FILE):
+        echo(f"tokenizer: from {place}")
+        Tokenizer.load(place).save(folder)
+
+
+def share_tokenizer(tokenizer: Tokenizer, folder: Path, store: Store) -> str:
+    """Put `tokenizer`, which is in `folder`, where all nodes find it; its address. Another one of that name stays."""
+    place = store.child(TOKENIZERS, folder.name)
+    if digest_in(place) not in (None, tokenizer.sha256):
+        place = store.child(TOKENIZERS, f"{folder.name}-{tokenizer.sha256[:8]}")
+    tokenizer.put(place)
+    return place.address
+
+
 def tokenizer_folder(config: Config, corpus: Corpus) -> Path:
     """Where the tokenizer of `config` is or will be. The default name stands for everything that decides it."""
     chosen = config.data.tokenizer
     if chosen:
-        return Path(chosen).expanduser().absolute() if os.sep in chosen else config.base_dir / "tokenizers" / chosen
+        return Path(chosen).expanduser().absolute() if os.sep in chosen else config.base_dir / TOKENIZERS / chosen
     content = {
         "train": [[source.name, source.size, source.signature] for source in corpus.train],
         "vocab_size": config.model.vocab_size,
@@ -153,7 +190,7 @@ def tokenizer_folder(config: Config, corpus: Corpus) -> Path:
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]", "-", corpus.name)
-    return config.base_dir / "tokenizers" / f"{name}-{config.model.vocab_size}-{digest}"
+    return config.base_dir / TOKENIZERS / f"{name}-{config.model.vocab_size}-{digest}"
 
 
 def choose_packing(
@@ -211,8 +248,11 @@ def _share_of_many(lengths: list[int], row_len: int) -> float:
 def prepare(config: Config, *, with_gpus: bool, maker: Maker, echo: Callable[[str], None]) -> TokenData:
     """Corpus, tokenizer and token shards of `config`, made where they are missing.
 
+    Where runs are kept in an object store, tokenizers and token shards are, too: all nodes read them from there.
+
     Raises:
         DataError: for a corpus or tokenizer that cannot be used.
+        ConfigError: for a base directory or an object store that cannot be used.
     """
     check_writable(config.base_dir)
     run = run_begun(config)
@@ -227,20 +267,23 @@ def prepare(config: Config, *, with_gpus: bool, maker: Maker, echo: Callable[[st
         sample = sample_text(corpus, tokenizer, seq_len)
         packing = choose_packing(config, run, fingerprints, sample, echo=echo)
     spec, mark = specs[packing], fingerprints[packing]
-    folder = config.base_dir / "tokens" / mark
-    manifest = read_manifest(folder)
+    store = shared_store(config)
+    place = (store or Store.of(config.base_dir)).child(TOKENS, mark)
+    shared = share_tokenizer(tokenizer, tokenizer_dir, store) if store else ""
+    manifest = read_manifest(place)
     if manifest is None:
-        tasks = shard_tasks(spec, corpus, tokenizer_dir, folder)
-        manifest = write_manifest(folder, mark, spec, _make(tasks, maker, echo), corpus)
-    request = request_of(config, recipe(config).tokens, run, with_gpus=with_gpus)
-    write_record(folder, request, _record(manifest, corpus, tokenizer_dir, sample))
+        tasks = shard_tasks(spec, corpus, shared or tokenizer_dir, place)
+        manifest = write_manifest(place, mark, spec, _make(tasks, maker, echo), corpus)
+    if place.is_local:
+        request = request_of(config, recipe(config).tokens, run, with_gpus=with_gpus)
+        write_record(place.path, request, _record(manifest, corpus, tokenizer_dir, sample))
     rows_per_batch = recipe(config).total_batch_size // seq_len
     Order([shard.rows for shard in manifest.split("train")], seed=config.run.seed, lanes=lanes_for(rows_per_batch))
     echo(
         f"tokens: {manifest.rows('train') * seq_len:,} for training in {manifest.rows('train'):,} rows, "
         f"{manifest.rows('val') * seq_len:,} for validation ({spec.packing}, fingerprint {mark})"
     )
-    return TokenData(corpus, tokenizer_dir, manifest)
+    return TokenData(corpus, tokenizer_dir, manifest, shared)
 
 
 def _spec(packing: Packing, corpus: Corpus, tokenizer: Tokenizer, seq_len: int) -> ShardSpec:

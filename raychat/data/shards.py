@@ -1,8 +1,8 @@
 """Token shards: rows of T+1 tokens, packed once per (corpus, tokenizer, T) and kept under their fingerprint.
 
 One unit of the corpus becomes one Arrow IPC file of `tokens: FixedSizeList<uint16|uint32>[T+1]`, uncompressed, so that
-it can be mapped into memory. Its sidecar `shard-*.json` is written last and is the record that the shard is whole; a
-shard with a sidecar is never made again. `manifest.json` lists them all.
+it can be mapped into memory, or read by range where it lies in an object store. Its sidecar `shard-*.json` is written
+last and is the record that the shard is whole; a shard with a sidecar is never made again. `manifest.json` lists them all.
 """
 
 import dataclasses
@@ -10,22 +10,27 @@ import functools
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 
-from raychat.atomic import crc32, write_json
+from raychat.atomic import crc32
+from raychat.data.chunks import chunks_of
 from raychat.data.corpus import Corpus, Source, Unit, read_documents, split_units
 from raychat.data.order import CHUNK_ROWS
 from raychat.data.pack import pack
 from raychat.data.tokenizer import Tokenizer
 from raychat.errors import DataError
+from raychat.storage import Store
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 Split = Literal["train", "val"]
 
 
@@ -45,14 +50,17 @@ class ShardSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """One unit of the corpus to be made into the shard number `index` of `split` in `folder`."""
+    """One unit of the corpus to be made into the shard number `index` of `split` in `folder`.
+
+    `folder` and `tokenizer_dir` are paths or addresses of folders in an object store.
+    """
 
     unit: Unit
     split: Split
     index: int
     spec: ShardSpec
-    tokenizer_dir: str
-    folder: str
+    tokenizer_dir: str = field(repr=False)
+    folder: str = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -78,7 +86,7 @@ class ShardInfo:
 class Manifest:
     """All shards of a fingerprint."""
 
-    folder: Path
+    store: Store
     fingerprint: str
     spec: ShardSpec
     shards: tuple[ShardInfo, ...]
@@ -90,6 +98,11 @@ class Manifest:
     def rows(self, split: Split) -> int:
         """Rows of one split."""
         return sum(shard.rows for shard in self.split(split))
+
+    @property
+    def folder(self) -> Path:
+        """Where they are, on a disk."""
+        return self.store.path
 
     @property
     def row_len(self) -> int:
@@ -112,11 +125,12 @@ def fingerprint(spec: ShardSpec, corpus: Corpus) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def shard_tasks(spec: ShardSpec, corpus: Corpus, tokenizer_dir: Path, folder: Path) -> list[ShardTask]:
+def shard_tasks(spec: ShardSpec, corpus: Corpus, tokenizer_dir: Path | str, folder: Path | Store) -> list[ShardTask]:
     """A task for every unit of the corpus, validation first."""
+    target = Store.of(folder).address
     splits: tuple[tuple[Split, tuple[Source, ...]], ...] = (("val", corpus.val), ("train", corpus.train))
     return [
-        ShardTask(unit=unit, split=split, index=i, spec=spec, tokenizer_dir=str(tokenizer_dir), folder=str(folder))
+        ShardTask(unit=unit, split=split, index=i, spec=spec, tokenizer_dir=str(tokenizer_dir), folder=target)
         for split, sources in splits
         for i, unit in enumerate(split_units(sources, text_column=spec.text_column))
     ]
@@ -124,19 +138,20 @@ def shard_tasks(spec: ShardSpec, corpus: Corpus, tokenizer_dir: Path, folder: Pa
 
 def finished(task: ShardTask) -> ShardInfo | None:
     """The shard of `task`, when it has been made and has its full size."""
+    store = Store.of(task.folder)
     try:
-        info = ShardInfo(**json.loads((Path(task.folder) / f"{task.name}.json").read_text()))
-        whole = (Path(task.folder) / info.file).stat().st_size == info.bytes
+        info = ShardInfo(**json.loads(store.read_bytes(f"{task.name}.json")))
+        return info if store.size(info.file) == info.bytes else None
     except (OSError, ValueError, TypeError):
         return None
-    return info if whole else None
 
 
 def make_shard(task: ShardTask) -> ShardInfo:
     """Read, tokenize, pack and write one shard; does nothing when it is there. Safe to run twice at once."""
     if done := finished(task):
         return done
-    spec, folder = task.spec, Path(task.folder)
+    spec, store = task.spec, Store.of(task.folder)
+    folder = store.path if store.is_local else Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(task.tokenizer_dir, spec.tokenizer_sha256)
     counts = {"docs": 0, "tokens_in": 0}
@@ -156,12 +171,12 @@ def make_shard(task: ShardTask) -> ShardInfo:
         buffer_docs=spec.buffer_docs,
         refill=spec.refill,
     )
-    target = folder / f"{task.name}.arrow"
+    file = f"{task.name}.arrow"
     temporary = folder / f".{task.name}.tmp-{os.getpid()}"
     try:
         rows = _write_rows(temporary, packed, spec)
         info = ShardInfo(
-            file=target.name,
+            file=file,
             split=task.split,
             source=task.unit.source.name,
             rows=rows,
@@ -169,15 +184,18 @@ def make_shard(task: ShardTask) -> ShardInfo:
             crc32=crc32(temporary),
             **counts,
         )
-        temporary.replace(target)
+        if store.is_local:
+            temporary.replace(folder / file)
+        else:
+            store.upload(file, temporary)
     finally:
         temporary.unlink(missing_ok=True)
-    write_json(folder / f"{task.name}.json", dataclasses.asdict(info))
+    _write_json(store, f"{task.name}.json", dataclasses.asdict(info))
     return info
 
 
 def write_manifest(
-    folder: Path, fingerprint: str, spec: ShardSpec, shards: list[ShardInfo], corpus: Corpus
+    place: Path | Store, fingerprint: str, spec: ShardSpec, shards: list[ShardInfo], corpus: Corpus
 ) -> Manifest:
     """Record that all shards of a fingerprint are there.
 
@@ -199,86 +217,114 @@ def write_manifest(
         "sources": [source.name for source in (*corpus.train, *corpus.val)],
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
-    write_json(folder / "manifest.json", content)
-    return Manifest(folder=folder, fingerprint=fingerprint, spec=spec, shards=tuple(shards))
+    store = Store.of(place)
+    _write_json(store, MANIFEST, content)
+    return Manifest(store=store, fingerprint=fingerprint, spec=spec, shards=tuple(shards))
 
 
-def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in `folder`, or None when there is none.
+def read_manifest(place: Path | Store | str) -> Manifest | None:
+    """The manifest in a folder or at an address, or None when there is none.
 
     Raises:
         DataError: when a shard that it lists is missing or has another size.
+        OSError: the store does not answer.
     """
-    path = folder / "manifest.json"
-    if not path.exists():
-        return None
+    store = Store.of(place)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(store.read_bytes(MANIFEST))
         shards = tuple(ShardInfo(**shard) for shard in content["shards"])
         spec = ShardSpec(**content["spec"])
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}): delete the folder, and the shards are made again.") from error
+        raise DataError(
+            f"{store}/{MANIFEST} is damaged ({error}): delete the folder, and the shards are made again."
+        ) from error
     if content["format"] != FORMAT:
-        raise DataError(f"{path} has format {content['format']}, this version reads {FORMAT}: delete the folder.")
+        raise DataError(
+            f"{store}/{MANIFEST} has format {content['format']}, this version reads {FORMAT}: delete the folder."
+        )
+    sizes = _sizes(store)
     for shard in shards:
-        file = folder / shard.file
-        size = file.stat().st_size if file.exists() else None
+        size = sizes.get(shard.file)
         if size != shard.bytes:
             found = "is missing" if size is None else f"has {size:,} bytes instead of {shard.bytes:,}"
-            raise DataError(f"Token shard {file} {found}: delete {path}, and what is damaged is made again.")
-    return Manifest(folder=folder, fingerprint=content["fingerprint"], spec=spec, shards=shards)
+            raise DataError(
+                f"Token shard {store}/{shard.file} {found}: delete {store}/{MANIFEST}, and what is damaged is made again."
+            )
+    return Manifest(store=store, fingerprint=content["fingerprint"], spec=spec, shards=shards)
 
 
-def verify_shard(folder: Path, shard: ShardInfo) -> None:
+def needed_manifest(place: Path | Store | str) -> Manifest:
+    """The manifest in a folder or at an address, which was there when the driver looked.
+
+    Raises:
+        DataError: there is none, or as `read_manifest`.
+        OSError: the store does not answer.
+    """
+    manifest = read_manifest(place)
+    if manifest is None:
+        raise DataError(
+            f"{Store.of(place)} holds no token shards on this node: --base-dir must be a folder that all nodes share, or "
+            "--storage-path a place in an object store (s3://, gs://), where token shards are then kept, too."
+        )
+    return manifest
+
+
+def verify_shard(place: Path | Store, shard: ShardInfo) -> None:
     """Read every byte of a shard.
 
     Raises:
         DataError: when they are not those that were written.
     """
-    file = folder / shard.file
-    if crc32(file) != shard.crc32:
+    store = Store.of(place)
+    if store.crc32(shard.file) != shard.crc32:
         raise DataError(
-            f"Token shard {file} is damaged: its checksum is wrong. Delete it and {folder / 'manifest.json'}, and run the "
-            "same command: it is made again."
+            f"Token shard {store}/{shard.file} is damaged: its checksum is wrong. Delete it and {store}/{MANIFEST}, and run "
+            "the same command: it is made again."
         )
 
 
 class RowReader:
-    """Rows of one split by their id, which counts over the shards in order. Shards are mapped, not loaded."""
+    """Rows of one split by their id, which counts over the shards in order. What is not asked for is not read."""
 
     def __init__(self, manifest: Manifest, split: Split) -> None:
         self.shards = manifest.split(split)
         self.row_len = manifest.row_len
         self.dtype = np.dtype(manifest.spec.dtype)
         self.num_rows = manifest.rows(split)
-        self._folder, self._chunk_rows = manifest.folder, manifest.spec.chunk_rows
+        self._chunk_rows = manifest.spec.chunk_rows
         self._starts = np.concatenate([[0], np.cumsum([shard.rows for shard in self.shards], dtype=np.int64)])
-        self._chunks: dict[int, list[np.ndarray]] = {}
+        files = [shard.file for shard in self.shards]
+        mark = manifest.fingerprint
+        self._chunks = chunks_of(manifest.store, files, name=mark, row_len=self.row_len, dtype=self.dtype)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """The rows with these ids, (len(ids), T+1)."""
         out = np.empty((len(ids), self.row_len), self.dtype)
-        shard_of = np.searchsorted(self._starts, ids, side="right") - 1
-        for place, (shard, row) in enumerate(zip(shard_of.tolist(), ids.tolist(), strict=True)):
-            local = row - int(self._starts[shard])
-            out[place] = self._shard(shard)[local // self._chunk_rows][local % self._chunk_rows]
+        if not len(ids):
+            return out
+        shard = np.searchsorted(self._starts, ids, side="right") - 1
+        local = ids - self._starts[shard]
+        keys = shard << 32 | local // self._chunk_rows
+        order = np.argsort(keys, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)  # places in `out` that one chunk fills
+        wanted = [divmod(int(keys[places[0]]), 1 << 32) for places in groups]
+        self._chunks.prefetch(wanted)
+        for (shard_number, chunk), places in zip(wanted, groups, strict=True):
+            out[places] = self._chunks.chunk(shard_number, chunk)[local[places] % self._chunk_rows]
         return out
 
-    def _shard(self, index: int) -> list[np.ndarray]:
-        if index not in self._chunks:
-            path = self._folder / self.shards[index].file
-            try:
-                with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
-                    batches = [file.get_batch(i).column(0) for i in range(file.num_record_batches)]
-            except (OSError, pa.ArrowInvalid) as error:
-                raise DataError(
-                    f"Token shard {path} cannot be read ({error}): delete it and {self._folder / 'manifest.json'}, and it "
-                    "is made again."
-                ) from error
-            self._chunks[index] = [
-                column.flatten().to_numpy(zero_copy_only=True).reshape(-1, self.row_len) for column in batches
-            ]
-        return self._chunks[index]
+
+def _sizes(store: Store) -> dict[str, int]:
+    """Bytes of each file, in one listing."""
+    filesystem, base = store.arrow()
+    entries = filesystem.get_file_info(pafs.FileSelector(base, allow_not_found=True))
+    return {entry.base_name: entry.size for entry in entries if entry.is_file}
+
+
+def _write_json(store: Store, name: str, value: dict[str, Any]) -> None:
+    store.write_bytes(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _write_rows(path: Path, rows: Iterator[np.ndarray], spec: ShardSpec) -> int:
@@ -307,7 +353,9 @@ def _write_rows(path: Path, rows: Iterator[np.ndarray], spec: ShardSpec) -> int:
 
 @functools.lru_cache(maxsize=2)  # a task is short, and building the encoder is not
 def _tokenizer(folder: str, sha256: str) -> Tokenizer:
-    tokenizer = Tokenizer.load(Path(folder))
+    tokenizer = Tokenizer.load(folder)
     if tokenizer.sha256 != sha256:
-        raise DataError(f"The tokenizer in {folder} changed while its corpus was being tokenized: start again.")
+        raise DataError(
+            f"The tokenizer in {Store.of(folder)} changed while its corpus was being tokenized: start again."
+        )
     return tokenizer

@@ -2,16 +2,17 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from raychat.config import Config
-from raychat.data.shards import Manifest, read_manifest
+from raychat.data.shards import Manifest, needed_manifest, read_manifest
 from raychat.data.tokenizer import Tokenizer
 from raychat.errors import DataError
 from raychat.export.source import Source
+from raychat.storage import Store
 from raychat.training.device import DTYPES, device_type, resolve
 from raychat.training.evaluate_checkpoint import Beat, Findings, examine, open_validation
 from raychat.training.evaluating import BPB
@@ -26,7 +27,7 @@ class Request:
     source: Source
     kinds: tuple[str, ...]
     core: CoreTasks | None
-    tokens_dir: str
+    tokens_dir: str = field(repr=False)
     eval_tokens: int
     device_batch_size: int
     device_type: str = ""
@@ -61,41 +62,47 @@ def evaluate_source(
 
 
 def find_tokens(source: Source, *, base_dir: str, given: str) -> str:
-    """Folder of the token shards that the model was trained on, or `given`.
+    """Folder of the token shards that the model was trained on, or its address in an object store, or `given`.
 
     Raises:
         DataError: there are none at this place, or they are not found.
     """
     if given:
-        if read_manifest(Path(given)) is None:
-            raise DataError(f"--tokens {given} holds no token shards: give a folder below tokens/ of a base directory.")
+        if read_manifest(given) is None:
+            raise DataError(
+                f"--tokens {Store.of(given)} holds no token shards: give a folder below tokens/ of a base directory, or of a "
+                "storage path in an object store."
+            )
         return given
     config, mark = source.meta.get("config") or {}, source.meta.get("fingerprint")
     homes = [base_dir, config.get("base_dir", ""), os.environ.get("RAYCHAT_BASE_DIR", ""), "~/.cache/raychat"]
     bases = list(dict.fromkeys(str(Path(home).expanduser()) for home in homes if home))
-    for base in bases if mark else ():
-        folder = Path(base) / "tokens" / str(mark)
+    places = [Store.of(base) for base in bases] + ([source.storage] if source.storage else [])
+    for place in places if mark else ():
+        folder = place.child("tokens", str(mark))
         if read_manifest(folder) is not None:
-            return str(folder)
+            return folder.address
     raise DataError(
         f"Bits per byte needs validation rows, and the token shards of {source.name}"
-        + (f" ({mark}) are not in {', '.join(bases)}" if mark else " are not known: its files do not say which it had")
+        + (
+            f" ({mark}) are not in {', '.join(map(str, places))}"
+            if mark
+            else " are not known: its files do not say which it had"
+        )
         + ". Give --base-dir of the run, or --tokens (a folder that jobs/prepare_data.py made with its tokenizer), or leave "
         "bpb out of --eval."
     )
 
 
 def _fitting(tokens_dir: str, tokenizer: Tokenizer, sequence_len: int) -> Manifest:
-    manifest = read_manifest(Path(tokens_dir))
-    if manifest is None:
-        raise DataError(f"{tokens_dir} holds no token shards on this machine.")
+    manifest, place = needed_manifest(tokens_dir), Store.of(tokens_dir)
     if manifest.spec.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
-            f"The rows in {tokens_dir} were made with another tokenizer than the model has: give others as --tokens."
+            f"The rows in {place} were made with another tokenizer than the model has: give others as --tokens."
         )
     if manifest.row_len - 1 > sequence_len:
         raise DataError(
-            f"The rows in {tokens_dir} have {manifest.row_len - 1} tokens, and the model was trained on {sequence_len}: give "
+            f"The rows in {place} have {manifest.row_len - 1} tokens, and the model was trained on {sequence_len}: give "
             "shorter ones as --tokens."
         )
     return manifest

@@ -64,6 +64,12 @@ class Source:
             return self._exported().shapes
         return gpt_config(Config.from_flat(self.meta["config"]))
 
+    @property
+    def storage(self) -> Store | None:
+        """The object store in which the run lies, and its token shards beside it; None for what lies on a disk."""
+        place = Store.of(self.address)
+        return None if place.is_local or self.kind == "export" else _parent(_parent(_parent(place)))
+
     def load(self, device: torch.device, dtype: torch.dtype | None = None) -> Loaded:
         """The model on `device` in the compute dtype `dtype` (None: the run's, else what suits the device).
 

@@ -9,7 +9,6 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,7 @@ from ray.train import DataConfig
 
 from raychat.data.batches import Batch
 from raychat.data.order import Order, rank_slice
-from raychat.data.shards import RowReader, read_manifest
-from raychat.errors import DataError
+from raychat.data.shards import RowReader, needed_manifest
 from raychat.on_ray import task_errors
 from raychat.training.job import BatchPlan
 
@@ -154,9 +152,5 @@ class RowsDataConfig(DataConfig):
 
 @functools.lru_cache(maxsize=2)  # a process that reads blocks reads many of the same shards
 def _opened(folder: str, seed: int, lanes: int) -> tuple[RowReader, Order]:
-    manifest = read_manifest(Path(folder))
-    if manifest is None:
-        raise DataError(
-            f"{folder} holds no token shards on this node: --base-dir must be a folder that all nodes share."
-        )
+    manifest = needed_manifest(folder)
     return RowReader(manifest, "train"), Order([s.rows for s in manifest.split("train")], seed=seed, lanes=lanes)

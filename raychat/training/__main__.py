@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
@@ -21,8 +20,8 @@ from raychat.config import Config
 from raychat.data.batches import Batch, local_batches
 from raychat.data.order import Order
 from raychat.data.prepare import TokenData, make_in_process, prepare
-from raychat.data.shards import RowReader, read_manifest
-from raychat.errors import DataError, RaychatError
+from raychat.data.shards import RowReader, needed_manifest
+from raychat.errors import RaychatError
 from raychat.planning import format_plan, make_plan
 from raychat.planning.money import priced
 from raychat.tracking.shipping_state import MLFLOW_STATUS, End, ShippingState
@@ -65,9 +64,7 @@ def main(args: list[str]) -> int:
 
 def read_here(plan: BatchPlan) -> Iterator[Batch]:
     """The batches of `plan`, read from the token shards by this process."""
-    manifest = read_manifest(Path(plan.tokens_dir))
-    if manifest is None:
-        raise DataError(f"{plan.tokens_dir} holds no token shards.")
+    manifest = needed_manifest(plan.tokens_dir)
     order = Order([shard.rows for shard in manifest.split("train")], seed=plan.seed, lanes=plan.lanes)
     return local_batches(
         RowReader(manifest, "train"),

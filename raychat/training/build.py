@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -10,9 +9,8 @@ from raychat.checks import require
 from raychat.config import Config
 from raychat.data.batches import Batch, leave_out, left_out, validation_passes, validation_rows
 from raychat.data.order import lanes_for
-from raychat.data.shards import Manifest, RowReader, read_manifest
+from raychat.data.shards import Manifest, RowReader, needed_manifest
 from raychat.data.tokenizer import TOKENIZER_FOLDER, Tokenizer
-from raychat.errors import DataError
 from raychat.model import GPT, GPTConfig, fp8
 from raychat.optim import MuonAdamW, build_optimizer
 from raychat.planning import Recipe, model_shape, param_counts, recipe
@@ -43,7 +41,7 @@ def train(
         torch.cuda.set_device(world.device_index)  # before the first collective, which nccl runs on the device
     resolved = _agree_on_machine(config, job, world, sink)
     torch.set_num_threads(resolved.threads)
-    manifest = _manifest(job)
+    manifest = needed_manifest(job.tokens_dir)
     model = build_model(config, resolved, _device(resolved, world))
     optimizer = _build_optimizer(config, run, model)
     if config.precision.fp8:
@@ -78,7 +76,7 @@ def train(
         )
         return leave_out(batches(plan), skipped, rows_per_batch=rows)
 
-    tokenizer = Tokenizer.load(Path(job.tokenizer_dir))
+    tokenizer = Tokenizer.load(job.tokenizer_dir)
     if world.rank == 0:
         _keep_tokenizer(tokenizer, Store.of(config.run_uri).child(TOKENIZER_FOLDER), sink)
         sink(Note("resolved", dataclasses.asdict(resolved)))
@@ -260,15 +258,6 @@ def _device(resolved: Resolved, world: World) -> torch.device:
     if resolved.device_type == "cuda":
         return torch.device("cuda", world.device_index)
     return torch.device(resolved.device_type)
-
-
-def _manifest(job: Job) -> Manifest:
-    manifest = read_manifest(Path(job.tokens_dir))
-    if manifest is None:
-        raise DataError(
-            f"{job.tokens_dir} holds no token shards on this machine: --base-dir must be a folder that all nodes share."
-        )
-    return manifest
 
 
 def _build_optimizer(config: Config, run: Recipe, model: GPT) -> MuonAdamW:

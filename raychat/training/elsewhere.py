@@ -64,8 +64,8 @@ class Elsewhere:
         """What those who make the evaluations need to know."""
         return Assignment(
             checkpoint=self._root.child(checkpoint.folder_name(owed.step)).address,
-            tokens_dir=str(self._data.manifest.folder),
-            tokenizer_dir=str(self._data.tokenizer_dir),
+            tokens_dir=self._data.manifest.store.address,
+            tokenizer_dir=self._data.tokenizer_address,
             config=self._config.flat(),
             kinds=owed.kinds,
         )

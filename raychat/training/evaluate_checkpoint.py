@@ -3,16 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from raychat.config import Config
 from raychat.data.batches import validation_passes, validation_rows
-from raychat.data.shards import Manifest, RowReader, read_manifest
+from raychat.data.shards import Manifest, RowReader, needed_manifest
 from raychat.data.tokenizer import Tokenizer
-from raychat.errors import DataError
 from raychat.evaluation.core import CoreResult
 from raychat.training import checkpoint
 from raychat.training.build import build_model
@@ -65,11 +63,7 @@ def evaluate_checkpoint(
     device = torch.device("cuda", world.device_index) if resolved.device_type == "cuda" else torch.device("cpu")
     model = build_model(config, resolved, device)
     found.load(model, world=World(rank=APART + world.rank))
-    manifest = read_manifest(Path(task.tokens_dir))
-    if manifest is None:
-        raise DataError(
-            f"{task.tokens_dir} holds no token shards on this machine: --base-dir must be a folder that all nodes share."
-        )
+    manifest = needed_manifest(task.tokens_dir)
     validation, tokens = open_validation(
         manifest, world, eval_tokens=config.eval.eval_tokens, device_batch_size=config.batch.device_batch_size
     )
