@@ -13,6 +13,7 @@ from typing import Any
 from raychat.checks import did_you_mean
 from raychat.config import Config
 from raychat.errors import ConfigError, RaychatError
+from raychat.uris import public_text
 
 # What the machine refuses and the user can mend: a full or read-only disk, a quota, a permission.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -35,6 +36,8 @@ def parse(args: Sequence[str], *, prog: str, description: str) -> Config:
     base = load_presets(names[-1]) if names else Config()
     cleared = other_warmup_cleared({flag for flag in WARMUPS if _flag_values(args, f"--{flag.replace('_', '-')}")})
     base = Config.from_flat(cleared, base)
+    if (there := os.environ.get("RAYCHAT_STORAGE_PATH")) and not base.run.storage_path:
+        base = Config.from_flat({"storage_path": there}, base)
     return tyro.cli(
         Config,
         prog=prog,
@@ -72,7 +75,7 @@ def run_job(main: Callable[[list[str]], int | None]) -> None:
         code = main(sys.argv[1:])
     except RaychatError as error:
         sys.stdout.flush()
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {public_text(str(error))}\n")
         code = error.exit_code
     except BrokenPipeError:  # `| head` has seen enough; the flush at exit must not find the pipe again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

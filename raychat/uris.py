@@ -8,6 +8,7 @@ HIDDEN = "..."
 _NAMED_SECRET = r"[^=&]*(?:secret|token|password|signature|sig|key)[^=&]*="
 _SECRET = re.compile(rf"([?&]{_NAMED_SECRET})[^&#]*", re.IGNORECASE)
 _MARKED = re.compile(rf"[?&]{_NAMED_SECRET}{re.escape(HIDDEN)}(?:[&#]|$)", re.IGNORECASE)
+_URI = re.compile(r"[^\s'\"<>()]+://[^\s'\"<>()]+")
 _USER = re.compile(r"://[^/?#]*@")
 _OPTION = re.compile(rf"(?<=[?&]){_NAMED_SECRET}[^&#]*&?", re.IGNORECASE)
 
@@ -17,6 +18,11 @@ def public_uri(uri: str) -> str:
     password = _password(uri)
     without = uri.replace(f":{password}@", "@", 1) if password else uri
     return _SECRET.sub(rf"\1{HIDDEN}", without) if "://" in uri else without
+
+
+def public_text(text: str) -> str:
+    """`text`, an error message perhaps, with `public_uri` of each URI in it."""
+    return _URI.sub(lambda found: public_uri(found[0]), text)
 
 
 def marked_uri(uri: str) -> str:

@@ -14,7 +14,7 @@ from raychat.training.mirror import Mirror
 from raychat.training.secrets import Secrets
 from raychat.training.session import Session
 from raychat.training.state import Signal
-from raychat.uris import public_uri
+from raychat.uris import lacks_credentials, marked_uri, place_of, public_text, public_uri
 
 
 @pytest.fixture
@@ -39,6 +39,23 @@ def test_uri_is_shown_without_password_and_secret_options(uri, shown):
 @pytest.mark.parametrize("text", ["/a/path", "d12", "s3://bucket/x", "sqlite:////a/b.db", "http://[::1", "me:pw@host"])
 def test_what_holds_no_credentials_is_left_as_it_is(text):
     assert public_uri(text) == text
+
+
+def test_uris_in_a_text_are_shown_without_their_secrets():
+    text = "no 's3://key:pw@bucket/path', nor (https://host/x?sig=abc&n=1). Give s3://bucket"
+    assert public_text(text) == "no 's3://key@bucket/path', nor (https://host/x?sig=...&n=1). Give s3://bucket"
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://key:pw@bucket/path?region=eu", "s3://bucket/x?secret_key=abc&region=eu", "https://host/x?sig=abc"]
+)
+def test_a_uri_that_was_written_down_names_the_same_place_and_lacks_what_opens_it(uri):
+    kept = marked_uri(uri)
+    assert place_of(kept) == place_of(uri) == place_of(public_uri(uri))
+    assert public_uri(kept) == public_uri(uri)
+    assert (lacks_credentials(uri), lacks_credentials(kept)) == (False, True)
+    assert marked_uri(place_of(uri)) == place_of(uri)
+    assert not lacks_credentials(place_of(uri))
 
 
 SECRET = "s3cr3t-pw"
