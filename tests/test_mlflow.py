@@ -484,8 +484,9 @@ def test_a_search_that_died_is_ended_with_its_report_and_has_its_runs_below_it(
         parent = tracking.run_id()
         log_steps(trial, range(3))
         run_id = ship(trial, uri=uri)
-        tracking._shipper._file.close()  # as dead as after SIGKILL
-    wait_until(lambda: not tracking._shipper._thread.is_alive() or tracking._shipper._failing)
+        for event in (tracking._shipper._give_up, tracking._shipper._stop):  # as dead as after SIGKILL
+            event.set()
+        tracking._shipper._thread.join()
     jobs = ["--base-dir", str(run_dir.parent), "--storage-path", str(runs)]
     assert job().main([*jobs, "--reconcile"]) == 0
     assert f"marked as KILLED: {parent}" in capsys.readouterr().out

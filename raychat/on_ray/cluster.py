@@ -18,7 +18,7 @@ from ray.job_config import JobConfig
 import raychat
 from raychat.checks import check_reachable
 from raychat.config import Config
-from raychat.errors import ConfigError
+from raychat.errors import ConfigError, RaychatError
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing leaves the machine unasked
@@ -28,7 +28,14 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # of 2 s: how soon a dead worker is noticed
 }
 NO_TOKEN = "InvalidAuthToken"  # what Ray's messages call a token that is missing or wrong
+SLOW_START = "timed out during startup"  # in what Ray says, as a bare Exception, when its processes do not come up
 OBJECT_STORE_BYTES = 2**30  # of a cluster on this machine: a few blocks of rows are all that passes through
+
+
+class ClusterStartError(RaychatError):
+    """No cluster could be started on this machine: another try may."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,13 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
         raise ConfigError(
             f"There is no Ray cluster at {address!r} ({error}). Start one with `ray start --head`, correct --address or "
             "RAY_ADDRESS, or leave both out to start one here."
+        ) from error
+    except Exception as error:
+        if not (local and SLOW_START in str(error)):
+            raise
+        raise ClusterStartError(
+            f"Ray did not start on this machine: {error} Is it out of memory or busy with other work? Try again, or connect to "
+            "a cluster that is there (--address)."
         ) from error
     # The cluster's own complaints about workers and nodes that died; the driver says what it means for the run.
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
