@@ -94,6 +94,7 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
 
     Raises:
         ConfigError: when there is no cluster at the address, or it wants a token that this process has not.
+        ClusterStartError: when this machine is too busy to start one.
     """
     address = address_of(config)
     for name, value in ENVIRONMENT.items():
@@ -103,9 +104,26 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
     check_reachable(address)
     local = address == "local"
     echo("starting Ray on this machine" if local else f"connecting to Ray at {address}")
+    context = _init(config, address)
+    # The cluster's own complaints about workers and nodes that died; the driver says what it means for the run.
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    dashboard = context.dashboard_url or ""
+    cluster = Cluster(address, f"http://{dashboard}" if dashboard else "not running", local)
+    echo(
+        f"Ray {importlib.metadata.version('ray')}: {cluster.cpus} CPUs, {cluster.gpus} GPUs; dashboard: {cluster.dashboard_url}"
+    )
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+
+
+def _init(config: Config, address: str) -> Any:
+    """Connect this process to the cluster at `address`; `local` starts one."""
+    local = address == "local"
     try:
         with _out_of_this_group():
-            context = ray.init(
+            return ray.init(
                 address=address,
                 num_cpus=local_cpus(config) if local else None,
                 object_store_memory=OBJECT_STORE_BYTES if local else None,
@@ -130,17 +148,6 @@ def connect(config: Config, *, echo: Callable[[str], None]) -> Iterator[Cluster]
             f"Ray did not start on this machine: {error} Is it out of memory or busy with other work? Try again, or connect to "
             "a cluster that is there (--address)."
         ) from error
-    # The cluster's own complaints about workers and nodes that died; the driver says what it means for the run.
-    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
-    dashboard = context.dashboard_url or ""
-    cluster = Cluster(address, f"http://{dashboard}" if dashboard else "not running", local)
-    echo(
-        f"Ray {importlib.metadata.version('ray')}: {cluster.cpus} CPUs, {cluster.gpus} GPUs; dashboard: {cluster.dashboard_url}"
-    )
-    try:
-        yield cluster
-    finally:
-        ray.shutdown()
 
 
 @contextlib.contextmanager
