@@ -3,6 +3,7 @@
   python jobs/plan.py --gpu a100-40gb --budget-usd 5                      depth, batch and horizon for the money
   python jobs/plan.py --gpu rtx-4070 --max-hours 8 --depth 12             the same for a time; what is given, stays
   python jobs/plan.py --depths 8,10,12 --machines p4d.24xlarge,p5.4xlarge one row each
+  python jobs/plan.py --depth 24 --gpu h100 --gpus 1,8,64,512             what more GPUs bring, and up to where
   python jobs/plan.py --list-prices                                       machine types and what an hour costs
   python jobs/plan.py --calibrate                                         fit the forecasts to finished runs
 
@@ -22,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat import cli
 from raychat.atomic import write_json, write_text
+from raychat.checks import require
 from raychat.config import Config
 from raychat.errors import ConfigError
-from raychat.planning import comparison, proposal, recommendation
+from raychat.planning import comparison, many_gpus, proposal, recommendation
 from raychat.planning.prices import load_prices
 from raychat.planning.target import resolve_target
 from raychat.uris import public_uri
@@ -34,8 +36,9 @@ def main(args: Sequence[str]) -> int:
     """Parse, and propose, compare or calibrate."""
     args = list(map(with_dashes, args))
     own, rest = parser().parse_known_args(args)
-    if own.gpus is not None:
-        rest += ["--num-workers", str(own.gpus)]
+    several = [whole(text, "--gpus") for text in listed(own.gpus)]
+    if len(several) == 1:
+        rest += ["--num-workers", str(several[0])]
     if own.max_hours is not None:
         rest += ["--max-hours", str(own.max_hours)]
     config = cli.parse(rest, prog="python jobs/plan.py", description=__doc__ or "")
@@ -44,6 +47,8 @@ def main(args: Sequence[str]) -> int:
     if own.list_prices:
         print(comparison.format_prices(load_prices(config.plan.prices)))
         return 0
+    if len(several) > 1:
+        return scale(config, own, several, flags(rest))
     beside = own.depths or own.machines or own.gpus_list
     limits = [own.budget_usd, own.max_hours, config.money.budget_usd, config.money.max_hours]
     if not beside and any(limit not in (None, -1) for limit in limits):
@@ -62,7 +67,9 @@ def parser() -> argparse.ArgumentParser:
     budget = made.add_argument_group("what a budget buys")
     budget.add_argument("--budget-usd", type=float, help="dollars; needs a known price, or --price-per-hour")
     budget.add_argument("--max-hours", type=float, help="hours of wall time, instead or besides")
-    budget.add_argument("--gpus", type=int, help="GPUs: the same as --num-workers")
+    budget.add_argument(
+        "--gpus", default="", help="GPUs: the same as --num-workers; several, as 1,8,64,512, are planned side by side"
+    )
     budget.add_argument("--write-preset", type=Path, metavar="FILE", help="keep the proposal as a preset, a .toml file")
     beside = made.add_argument_group("plans side by side")
     beside.add_argument("--depths", default="", help="as 8,10,12; default: --depth")
@@ -105,12 +112,32 @@ def compare(config: Config, own: argparse.Namespace, given: set[str]) -> int:
         config, depths, machines or [{}], keep_batch="device_batch_size" in given | of_presets(config)
     )
     print(comparison.format_rows(rows))
-    if own.output:
-        with writing("--output", own.output):
-            own.output.mkdir(parents=True, exist_ok=True)
-            write_text(own.output / "plans.csv", comparison.as_csv(rows))
-            write_json(own.output / "plans.json", [comparison.facts(row) | {"plan": row.plan} for row in rows])
-        print(f"written to {own.output / 'plans.csv'} and {own.output / 'plans.json'}")
+    keep_rows(own, rows)
+    return 0
+
+
+def keep_rows(own: argparse.Namespace, rows: Sequence[comparison.Row]) -> None:
+    """Write `rows` to the folder of --output, where there is one."""
+    if not own.output:
+        return
+    with writing("--output", own.output):
+        own.output.mkdir(parents=True, exist_ok=True)
+        write_text(own.output / "plans.csv", comparison.as_csv(rows))
+        write_json(own.output / "plans.json", [comparison.facts(row) | {"plan": row.plan} for row in rows])
+    print(f"written to {own.output / 'plans.csv'} and {own.output / 'plans.json'}")
+
+
+def scale(config: Config, own: argparse.Namespace, several: Sequence[int], given: set[str]) -> int:
+    """Print the plans for several numbers of GPUs, and keep them where that is asked for."""
+    target = resolve_target(config)
+    other = own.depths or own.machines or own.gpus_list or own.budget_usd or own.max_hours
+    require(not other, "--gpus with several numbers goes with one depth and one kind of GPU, and without a budget.")
+    require(target.device == "cuda", f"--gpus {own.gpus}: name the kind of GPU as well, as --gpu h100.")
+    settings = [{"num_workers": number} for number in several]
+    keep = "device_batch_size" in given | of_presets(config)
+    rows = comparison.compare(config, [config.model.depth], settings, keep_batch=keep)
+    print(many_gpus.format_gpus(config, rows))
+    keep_rows(own, rows)
     return 0
 
 

@@ -189,3 +189,24 @@ def test_long_reasons_stay_in_their_column(run):
     assert max(map(len, lines[: first + 2])) <= 100
     assert lines[first][:at].split() == [lines[first].split()[0]]
     assert (lines[first + 1][:at].strip(), lines[first + 1][at] != " ") == ("", True)
+
+
+def test_several_numbers_of_gpus_become_a_table_that_is_kept(run, tmp_path):
+    out = run("--depth", "12", "--gpu", "h100", "--gpus", "1,8", "--output", str(tmp_path / "plans"))
+    assert [line.split()[0] for line in out.splitlines()[:3]] == ["GPUs", "1", "8"]
+    assert "plain data parallelism pays no more" in out
+    kept = json.loads((tmp_path / "plans" / "plans.json").read_text())
+    assert [row["plan"]["target"]["workers"] for row in kept] == [1, 8]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--budget-usd", "5"], "without a budget"),
+        (["--gpu", "cpu"], "kind of GPU"),
+        (["--depths", "4,6"], "one depth"),
+    ],
+)
+def test_several_numbers_of_gpus_go_with_one_model_and_a_gpu(job, more, said):
+    with pytest.raises(ConfigError, match=said):
+        job.main(["--depth", "12", "--gpu", "h100", "--gpus", "1,8", *more])

@@ -20,6 +20,7 @@ TIMES = {  # parts of a run's time, as the plan calls them
     "checkpoints": "checkpoints",
     "replay": "replay",
 }
+LITTLE_PADDING = 1.05
 EXCEEDED = {
     "surely": "not enough, even at the least",
     "probably": "probably not enough",
@@ -39,6 +40,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         "memory": _memory(plan["memory"], plan["target"]),
         "data": _data(plan["data"]),
         "time": _time(plan),
+        "exchange": _exchange(plan["exchange"], plan["target"]),
         "money": _money(plan["money"]),
         "limits": _limits(plan["limits"]),
         "sources": _sources(plan),
@@ -252,6 +254,21 @@ def _time(plan: dict[str, Any]) -> list[str]:
     }
     rows = [["", title, duration(time[name]), notes.get(name, "")] for name, title in TIMES.items() if any(time[name])]
     return [f"{duration(time['total'])} in all; {speed}{mfu}", *columns(rows, left={1, 2, 3})]
+
+
+def _exchange(exchange: dict[str, Any] | None, target: dict[str, Any]) -> list[str]:
+    if exchange is None:
+        return []
+    factor = exchange["padding"]
+    padded = f", {factor:.1f} times the least, because units are padded" if factor > LITTLE_PADDING else ""
+    sent = f"{exchange['sent_bytes'] / 1e9:.2g} GB{padded}"
+    read = spread([value / 1e6 for value in exchange["read_bytes_per_s"]])
+    machine = "the machine reads" if target["machines"] == 1 else f"each of {target['machines']} machines reads"
+    return [
+        f"{duration(exchange['seconds'])} of a step, {exchange['share']:.0%}: each GPU sends {sent}; none of it "
+        "hides behind the passes",
+        f"{machine} {read} MB/s of tokens",
+    ]
 
 
 def _money(money: dict[str, Any] | None) -> list[str]:

@@ -14,6 +14,7 @@ from raychat.atomic import write_json
 from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.planning import scaling
+from raychat.planning.communication import ring_bytes
 from raychat.planning.duration import Measured
 from raychat.planning.memory import explain_difference
 from raychat.planning.outlook import (
@@ -29,6 +30,7 @@ from raychat.planning.ranges import Range
 from raychat.planning.target import Target, plan_compiled, plan_dtype, plan_loss, resolve_target
 
 MADE = "made_for"  # key of a plan that a run made for the machine it found
+ROW_BYTES = (2, 4)  # of a token in a shard: 4 where the vocabulary exceeds 65,536
 OPTIMAL_RATIO = 10.5  # tokens per scaling parameter where the lineage's fits find the compute best spent
 
 
@@ -50,6 +52,7 @@ def make_plan(config: Config, *, target: Target | None = None, measured: Measure
         "memory": _memory(config, shape, target, measured),
         "data": outlook.data.as_dict(),
         "time": _time(config, outlook, target),
+        "exchange": _exchange(outlook, shape, target),
         "money": plain(outlook.money),
         "limits": limits(config, outlook),
         "measured": plain(measured),
@@ -254,6 +257,23 @@ def _memory(config: Config, shape: scaling.ModelShape, target: Target, measured:
             "why": explain_difference(full, forecast),
         }
     return found
+
+
+def _exchange(outlook: Outlook, shape: scaling.ModelShape, target: Target) -> dict[str, Any] | None:
+    """What several GPUs send each other in a step, and what a machine reads of the tokens; None for one, and for CPUs."""
+    parts = outlook.time.parts if outlook.time else None
+    if parts is None or outlook.time is None or target.workers == 1:
+        return None
+    least = 2 * ring_bytes(parts.parameter_bytes, target.workers)
+    read = ROW_BYTES[shape.vocab_size > 2**16] * (1 + 1 / shape.sequence_len) / target.machines
+    return {
+        "sent_bytes": parts.sent_bytes,
+        "padding": parts.sent_bytes / least,
+        "seconds": parts.exchange.as_list(),
+        "share": parts.exchange.mid / outlook.time.step_s.mid,
+        "hidden": 0.0,
+        "read_bytes_per_s": outlook.time.tok_per_sec.scaled(read).as_list(),
+    }
 
 
 def _time(config: Config, outlook: Outlook, target: Target) -> dict[str, Any] | None:
