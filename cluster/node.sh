@@ -4,6 +4,7 @@
 #   cluster/node.sh setup                                      raychat and its dependencies, into .venv of this checkout
 #   cluster/node.sh ray start --head --port=6379               starts Ray with these options, and the watcher
 #   cluster/node.sh ray start --address=HEAD:6379              the same on a machine that joins
+#   cluster/node.sh ray status                                 any other command of Ray's, with the token
 #   cluster/node.sh stop                                       ends both; other Ray clusters of this machine go on
 #
 # Every machine needs the same token in ~/.ray/auth_token (`ray get-auth-token --generate` on one, then copy it).
@@ -56,15 +57,12 @@ address() { # that the watcher asks, from the options of `ray start`
 }
 
 start() {
-  [ "${1:-}" = start ] || fail "only 'ray start' is run here, not 'ray ${1:-}'"
-  shift
   [ -x "$BIN/ray" ] || fail "there is no $BIN/ray: run '$0 setup' first"
   if [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -s "$HOME/.ray/auth_token" ]; then
     fail "there is no token in ~/.ray/auth_token: make one with '$BIN/ray get-auth-token --generate', and copy it to all machines"
   fi
   stop
   mkdir -p "$STATE"
-  export RAY_AUTH_MODE=token
   set -a
   # shellcheck source=/dev/null
   [ ! -f "$HOME/raychat.env" ] || . "$HOME/raychat.env"
@@ -127,7 +125,10 @@ stop() {
 case ${1:-} in
   setup) setup "${@:2}" ;;
   disk) local_disk "${2:?disk PATH}" ;;
-  ray) start "${@:2}" ;;
+  ray)
+    export RAY_AUTH_MODE=token
+    if [ "${2:-}" = start ]; then start "${@:3}"; else exec "$BIN/ray" "${@:2}"; fi
+    ;;
   watch) watch "${2:?watch ADDRESS}" ;;
   stop) stop ;;
   *) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" && exit 2 ;;

@@ -362,6 +362,21 @@ def test_the_base_directory_is_the_flag_then_the_environment_then_the_home(monke
     assert Config.from_flat({"base_dir": "/given"}).base_dir.as_posix() == "/given"
 
 
+def test_runs_are_kept_where_the_flag_then_the_preset_then_the_environment_says(monkeypatch, tmp_path):
+    def chosen(*flags):
+        return parse(list(flags), prog="x", description="").run.storage_path
+
+    monkeypatch.delenv("RAYCHAT_STORAGE_PATH", raising=False)
+    assert chosen() == ""
+    monkeypatch.setenv("RAYCHAT_STORAGE_PATH", "s3://bucket/runs")
+    assert chosen("--depth", "6") == "s3://bucket/runs"
+    assert chosen("--storage-path", "/elsewhere") == "/elsewhere"
+    preset = tmp_path / "mine.toml"
+    preset.write_text('storage_path = "/of/the/preset"\n')
+    assert chosen("--preset", str(preset)) == "/of/the/preset"
+    assert chosen("--preset", "demo") == "s3://bucket/runs"
+
+
 def test_the_run_directory_follows_depth_tag_and_storage():
     assert Config.from_flat({"base_dir": "/b", "depth": 6}).run_dir.as_posix() == "/b/runs/d6"
     assert Config.from_flat({"base_dir": "/b", "model_tag": "x"}).run_dir.as_posix() == "/b/runs/x"

@@ -251,10 +251,10 @@ def test_limits_say_by_how_much_they_are_too_small(a100):
 
 
 def test_what_is_not_known_is_null_and_the_text_says_why(tmp_path):
-    unpriced = make_plan(with_values(load_presets("l4_d6"), base_dir=str(tmp_path)))
+    unpriced = make_plan(with_values(load_presets("4070_d12"), base_dir=str(tmp_path)))
     assert unpriced["money"]["on_demand"] is None
     assert unpriced["money"]["spot"] is None
-    assert "no price is known for l4: give --price-per-hour" in format_plan(unpriced)
+    assert "no price is known for rtx-4070: give --price-per-hour" in format_plan(unpriced)
     config = with_values(load_presets("l4_d6"), base_dir=str(tmp_path))
     nameless = dataclasses.replace(resolve_target(config), gpu="Abacus 3000", peak=None, memory_bytes=None)
     unknown = make_plan(config, target=nameless)
