@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray.data
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raychat.data.shards import ShardInfo, ShardTask, make_shard
 from raychat.on_ray import task_errors
+from raychat.on_ray.nodes import NODE_ID_LABEL
 from raychat.on_ray.stream import quiet_ray_data
 
 
@@ -44,5 +44,5 @@ def _where(tasks: list[ShardTask]) -> dict[str, Any]:
     """Options of the tasks."""
     if not any("://" in task.folder and "://" not in task.unit.source.path for task in tasks):
         return {"num_cpus": 1}
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return {"num_cpus": 0, "concurrency": len(os.sched_getaffinity(0)), "scheduling_strategy": here}
+    here = {NODE_ID_LABEL: ray.get_runtime_context().get_node_id()}
+    return {"num_cpus": 0, "concurrency": len(os.sched_getaffinity(0)), "label_selector": here}

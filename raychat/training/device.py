@@ -93,8 +93,8 @@ def refuse_gpu_sized(config: Config, resolved: Resolved, *, cores: int | None = 
     if hours > MAX_CPU_HOURS:
         raise ConfigError(
             f"This run takes {recipe(config).flops:.2g} FLOPs, about {hours:,.0f} hours on the {cores} CPU cores here. "
-            "Use a machine or cluster with GPUs, a smaller --depth or --num-iterations (--preset d4-cpu takes minutes), "
-            "or --force."
+            "Use a machine or cluster with GPUs (--device-type cuda waits for those that an autoscaler adds), a smaller "
+            "--depth or --num-iterations (--preset d4-cpu takes minutes), or --force."
         )
 
 
