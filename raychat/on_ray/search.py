@@ -88,12 +88,15 @@ def run(spec: SearchSpec, *, script: Path, echo: Echo, strategy: Strategy | None
             target=lambda config: target_on(config, cluster),
             changed=reporting.changed,
         )
-        status: Literal["finished", "stopped", "failed"] = "failed"
         try:
             _on_tune(steering, folder)
-            status = "stopped" if stopped else "finished"
-        finally:
-            reporting.end(status)
+        except KeyboardInterrupt:  # the second one
+            reporting.leave()
+            raise
+        except BaseException:
+            reporting.end("failed")
+            raise
+        reporting.end("stopped" if stopped else "finished")
         if book.lost:
             raise SearchLostError(
                 f"Another process goes on with the search in {book.folder}; this one writes nothing more."
@@ -305,6 +308,11 @@ class _Reporting:
             self._tracking.log(self._book.contents)
         if self._clock.due():
             self._write(going_on=True)
+
+    def leave(self) -> None:
+        """The search ends at once: nothing is waited for."""
+        if not self._book.lost:
+            self._book.say_end("stopped")
 
     def end(self, status: Literal["finished", "stopped", "failed"]) -> None:
         """The search ends, for now or for good."""

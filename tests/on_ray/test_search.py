@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from raychat.config import Config
 from raychat.on_ray import search
 from raychat.on_ray.cluster import Cluster
 from raychat.on_ray.forking import fork
-from raychat.on_ray.processes import children
+from raychat.on_ray.processes import children, kill_tree
 from raychat.on_ray.search_data import SharedData
 from raychat.search.book import read_book, search_dir
 from raychat.search.spec import SearchSpec
@@ -80,6 +81,8 @@ class Story:
     """processes that outlived it"""
     lines: list[str] = field(default_factory=list)
     """what was said by the one that came to the end"""
+    begun: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    """processes of the search besides this one"""
 
     def steps(self, run: int = 0) -> int:
         """Records in the journal of a run."""
@@ -95,9 +98,11 @@ class Story:
         file.write_text(to_toml(self.spec))
         command = [sys.executable, str(HERE / "slow_search.py"), str(file)]
         with said.open("wb") as out:
-            return subprocess.Popen(
+            begun = subprocess.Popen(
                 command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
+        self.begun.append(begun)
+        return begun
 
     def goes_on(self, what: str) -> None:
         """Wait until the first run makes more steps."""
@@ -106,38 +111,49 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(connected, spec, cluster, environment, base_dir, tmp_path_factory) -> Story:
+def story(connected, spec, cluster, environment, base_dir, tmp_path_factory) -> Iterator[Story]:
     """A worker is killed; then the search is stopped with all its group; then it is killed; then it comes to its end."""
     told = Story(spec, search_dir(base_dir, "s"), base_dir / "runs")
     said = tmp_path_factory.mktemp("said") / "lines"
-    on_own_cluster = told.begin(environment, said)
-    wait_until(lambda: checkpoint.steps(told.runs / "s-000" / "checkpoints"), "no checkpoint")
-    os.kill(training_worker(on_own_cluster.pid), signal.SIGKILL)
-    wait_until(lambda: len(told.events("start")) > 1, "the worker does not come back")
-    told.goes_on("it does not train again")
-    os.killpg(on_own_cluster.pid, signal.SIGTERM)
-    told.code = on_own_cluster.wait(60.0)
-    told.stopped, told.report_then = said.read_text().splitlines(), (told.folder / "report.html").exists()
-    told.left = drivers(base_dir)
-
-    with told.begin(environment | {"RAY_ADDRESS": cluster.address}, said) as on_ours:
-        told.goes_on("it does not go on where it was stopped")
-        assert drivers(base_dir), "a run is no process of its own"
-        on_ours.kill()
-    wait_until(lambda: not drivers(base_dir), "runs outlive their search", 15.0)
-    wait_until(lambda: free_cpus() == CPUS, "workers outlive their search", 30.0)
-
-    taken = placement_group([{"CPU": CPUS - 2}])
-    ray.get(taken.ready())
     try:
+        stop_with_its_group(told, environment, said)
+        kill(told, environment | {"RAY_ADDRESS": cluster.address}, said)
+        taken = placement_group([{"CPU": CPUS - 2}])
+        ray.get(taken.ready())
         both = dataclasses.replace(spec, concurrency=2)
         assert search.run(both, script=PRETRAIN, echo=told.lines.append)
-    finally:
         remove_placement_group(taken)
-    return told
+        yield told
+    finally:
+        for process in told.begun:
+            if process.poll() is None:  # a wait was in vain
+                kill_tree(process.pid)
 
 
-def wait_until(condition, what, seconds=120.0):
+def stop_with_its_group(story: Story, environment: dict[str, str], said: Path) -> None:
+    """On a cluster of its own, behind the death of a worker."""
+    with story.begin(environment, said) as process:
+        wait_until(lambda: checkpoint.steps(story.runs / "s-000" / "checkpoints"), "no checkpoint")
+        os.kill(training_worker(process.pid), signal.SIGKILL)
+        wait_until(lambda: len(story.events("start")) > 1, "the worker does not come back")
+        story.goes_on("it does not train again")
+        os.killpg(process.pid, signal.SIGTERM)
+        story.code = process.wait(120.0)
+    story.stopped, story.report_then = said.read_text().splitlines(), (story.folder / "report.html").exists()
+    story.left = drivers(story.runs.parent)
+
+
+def kill(story: Story, environment: dict[str, str], said: Path) -> None:
+    """On the cluster of the tests: nothing of it is left there."""
+    with story.begin(environment, said) as process:
+        story.goes_on("it does not go on where it was stopped")
+        assert drivers(story.runs.parent), "a run is no process of its own"
+        process.kill()
+    wait_until(lambda: not drivers(story.runs.parent), "runs outlive their search", 15.0)
+    wait_until(lambda: free_cpus() == CPUS, "workers outlive their search", 30.0)
+
+
+def wait_until(condition, what, seconds=300.0):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, f"{what}: not within {seconds:g}s"
