@@ -1,24 +1,18 @@
 """The jobs run from a checkout where only the dependencies are installed, by themselves and submitted to a cluster."""
 
-import contextlib
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from on_ray.conftest import ROOT, as_arguments
+from on_ray.conftest import RAY, ROOT, as_arguments
 from raychat.tracking.summary import Summary
 
 pytestmark = pytest.mark.ray
-
-RAY = Path(sys.executable).with_name("ray")
 
 # Added to modules of the copy: a function leaves a file that says which code it is, for each process that calls it.
 SPY = """
@@ -96,56 +90,6 @@ def run(environment, elsewhere) -> Callable[..., str]:
         return done.stdout
 
     return run
-
-
-@pytest.fixture
-def job_server(environment):
-    """Address of the job server of a head that `ray start` made.
-
-    Ports are its own: of the clusters that `ray.init` starts on a machine, only the first one takes jobs.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # sockets lie there: the names of pytest's folders are too long
-    gcs, dashboard, agent = free_ports(3)
-    options = {
-        "port": gcs,
-        "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": agent,
-        "node-ip-address": "127.0.0.1",
-        "temp-dir": folder,
-        "num-cpus": 2,
-        "num-gpus": 0,
-        "object-store-memory": 2**28,
-    }
-    with (folder / "output").open("w") as output:
-        head = subprocess.Popen(
-            [RAY, "start", "--head", "--block", "--include-dashboard=true", *as_arguments(options)],
-            env=environment | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    deadline = time.monotonic() + 120
-    while not (listens(dashboard) and listens(agent)):
-        assert head.poll() is None, (folder / "output").read_text()
-        assert time.monotonic() < deadline, (folder / "output").read_text()
-        time.sleep(0.2)
-    yield f"http://127.0.0.1:{dashboard}"
-    head.terminate()  # with --block, it takes with it what it started
-    head.wait(timeout=60)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_jobs_run_from_a_checkout_that_is_not_installed(cluster, checkout, run, elsewhere, tiny_flags):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from on_ray.conftest import ROOT, as_arguments
-from on_ray.test_jobs import job_server  # noqa: F401 - a fixture
 from raychat.tracking.summary import Summary
 
 pytestmark = pytest.mark.ray
@@ -42,7 +41,7 @@ time.sleep(100)
 
 
 @pytest.fixture
-def submit(job_server, environment):  # noqa: F811
+def submit(job_server, environment):
     """Starts jobs/submit.py with these arguments."""
 
     def submit(*arguments):
