@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from raychat import cli
 from raychat.checks import require
 from raychat.config import Config
+from raychat.planning import format_plan, make_plan
 from raychat.tracking.run_table import default_base_dir
 
 PRETRAIN = Path(__file__).with_name("pretrain.py")
@@ -43,14 +44,24 @@ def main(argv: Sequence[str]) -> int:
             not (args.spec or args.space or args.resume or args.iso_flops or args.depths),
             "--lr-range is one run and no search: give its flags behind --, and leave out files, spaces and sweeps.",
         )
-        from raychat.on_ray import range_test  # after the checks: ray and torch take seconds to load
-
-        range_test.run(config, steps=args.range_steps, least=args.range_least, most=args.range_most, echo=echo)
-        return 0
+        return lr_range(config, steps=args.range_steps, least=args.range_least, most=args.range_most)
     spec = specification(args, base_flags(argv[at + 1 :], config))
     from raychat.on_ray import search
 
     return 0 if search.run(spec, script=PRETRAIN, echo=echo) else 1
+
+
+def lr_range(config: Config, **ends: Any) -> int:
+    """Test a range of rates, or show the plan of the test."""
+    if config.run.dry_run:
+        from raychat.search.range_run import range_config
+
+        echo(format_plan(make_plan(range_config(config, **ends))))
+        return 0
+    from raychat.on_ray import range_test  # after the checks: ray and torch take seconds to load
+
+    range_test.run(config, **ends, echo=echo)
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:

@@ -233,7 +233,7 @@ def range_test(noise=0.0, until=2.0, steepest=0.1, cliff=1.0):
 def test_range_goes_from_steepest_descent_to_before_divergence(noise):
     found = suggest_range(*range_test(noise))
     assert found.low == pytest.approx(0.1, rel=0.35)
-    assert found.low < found.high < found.diverges
+    assert found.low < found.lowest <= found.high < found.diverges
     assert 0.8 < found.high < 1.1
     assert found.note == ""
 
@@ -259,6 +259,7 @@ def test_range_without_divergence_says_that_it_may_go_on():
         (range(1, 21), [1.0] * 5 + [math.inf] * 15, "Only 5 losses"),
         (range(1, 21), [1.0] * 19, "20 rates and 19 losses"),
         ([1.0, 1.0, 2.0], [1.0] * 3, "rising rate"),
+        (range(1, 21), [4.0 - 0.001 * n for n in range(20)], r"falls by 0\.4\d% only"),
     ],
 )
 def test_range_test_that_shows_nothing_suggests_nothing(rates, losses, said):
@@ -266,6 +267,27 @@ def test_range_test_that_shows_nothing_suggests_nothing(rates, losses, said):
         suggest_range(list(rates), list(losses))
 
 
-def test_smoothing_keeps_a_constant_and_its_start():
-    assert smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
-    assert smoothed([4.0, 2.0], memory=0.5) == pytest.approx([4.0, 8 / 3])
+@pytest.mark.parametrize("number", [1, 2, 5, 20, 200])
+def test_smoothing_keeps_a_straight_line_and_delays_nothing(number):
+    line = [5 - 0.01 * n for n in range(number)]
+    assert smoothed(line) == pytest.approx(line)
+
+
+def test_smoothing_takes_noise_out_and_ends_where_a_loss_is_no_number():
+    noise = np.random.default_rng(0).normal(size=200)
+    noise[190] = math.nan
+    smooth = smoothed(list(noise))
+    assert np.std(smooth[:190]) < np.std(noise[:190]) / 3
+    assert np.isnan(smooth[190:]).all()
+
+
+def test_a_steep_cliff_is_found_through_the_smoothing_and_never_too_late():
+    rates, losses = range_test(noise=0.05, until=4.0, cliff=1.0)
+    found = suggest_range(rates, smoothed(list(losses)))
+    assert 0.5 < found.high < 1.1
+    assert found.high / found.low >= 3
+
+
+def test_a_fall_at_the_very_beginning_is_said():
+    rates, losses = range_test(until=2.0, steepest=2e-4)
+    assert "may begin below" in suggest_range(rates, losses).note

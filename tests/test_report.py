@@ -13,18 +13,22 @@ import pytest
 
 from raychat.search.fits import fit_scaling
 from raychat.search.iso_flops import IsoFlops
+from raychat.search.range_test import RangeTest
 from raychat.search.report import ReportContents, words, write_report
 from raychat.search.report.axes import axis, linear_ticks
-from raychat.search.report.contents import Curve, Interruption, Point, Price
+from raychat.search.report.contents import Curve, Forecast, Interruption, Point, Price
+from raychat.search.report.forecasts import forecast_sentence, forecast_table
 from raychat.search.report.markdown import markdown, trials_csv
 from raychat.search.report.of_search import search_contents
 from raychat.search.report.page import html_page
 from raychat.search.report.pictures import pareto_front, spending_picture, thinned
+from raychat.search.report.range_picture import range_pictures
 from raychat.search.report.tables import hardware_table, runs_table
 from raychat.search.spec import SearchSpec
 from raychat.search.trial import Outcome, Trial
 
 EVIL = '<script>alert("x")</script> & "quotes"'
+RATES = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.008, "scalar_lr": 0.5}
 
 
 def spec(**settings) -> SearchSpec:
@@ -73,6 +77,30 @@ def search(made: SearchSpec | None = None) -> list[tuple[Trial, Outcome | None]]
     return trials
 
 
+def rising() -> tuple[list[float], list[float]]:
+    """Multiples of rates, and a loss that falls, and climbs in the end."""
+    rates = [0.01 * 1000 ** (n / 99) for n in range(100)]
+    return rates, [9 - 4 / (1 + (0.2 / rate) ** 3) + 30 * max(0.0, math.log(rate / 4)) for rate in rates]
+
+
+def forecasts() -> tuple[Forecast, ...]:
+    """Of two runs, the second of which ended early."""
+
+    def values(low: float, mid: float, high: float, actual: float, off: float | None) -> dict:
+        return {"low": low, "mid": mid, "high": high, "actual": actual, "off_percent": off}
+
+    one = {
+        "num_iterations": 100,
+        "step": 100,
+        "measured": True,
+        "time_s": values(90.0, 100.0, 110.0, 105.0, 5.0),
+        "startup_s": values(0.5, 0.6, 0.7, 1.2, 100.0),
+        "memory_bytes": values(1e9, 2e9, 3e9, 4e9, 100.0),
+    }
+    two = {"num_iterations": 100, "step": 50, "measured": False, "time_s": values(90.0, 100.0, 110.0, 50.0, None)}
+    return Forecast(number=0, title="baseline", values=one), Forecast(number=4, title=EVIL, values=two)
+
+
 @pytest.fixture(scope="module")
 def contents() -> ReportContents:
     """A report with everything in it, pictures of curves and a scaling fit too."""
@@ -93,6 +121,8 @@ def contents() -> ReportContents:
         fit=fit_scaling(sweep),
         ledger={"productive_s": 3000.0, "replayed_s": 300.0, "waiting_s": 100.0},
         interruption=Interruption(preemptions=1, restarts=2, replayed_s=300, starting_s=60, cost_usd=0.43),
+        range_test=RangeTest.of(RATES, *rising()),
+        forecasts=forecasts(),
         prices=(Price(machine="a100-rented", usd_per_hour=4.31, source="document 004", as_of="2026-01-05"),),
     )
 
@@ -275,6 +305,37 @@ def test_hardware_profile_shows_the_largest_memory_and_what_did_not_work():
         ["d10 batch 32", "55%", "1,770 ms", "300K", "21.2 GB", "works"],
         ["d10 batch 64", "-", "-", "-", "39.0 GB", "OOM"],
     ]
+
+
+def test_a_forecast_stands_beside_what_came_for_each_run_of_a_search_and_each_quantity_of_a_run(contents):
+    table = forecast_table(contents)
+    assert table.columns == ("#", "Title", "Wall time", "came", "off by", "Memory", "came", "off by")
+    texts = [[cell.text for cell in row] for row in table.rows]
+    assert texts[0] == ["0", "baseline", "1m40s", "1m45s", "+5%", "2.0 GB", "4.0 GB", "+100%"]
+    assert texts[1][2:] == ["1m40s", "50s", "-", "-", "-", "-"]
+    assert [table.rows[0][n].tone for n in (4, 7)] == ["good", "warn"]  # within what was forecast, and not
+    assert "wall time by 5% (+5% to +5%)" in forecast_sentence(contents)
+    for number, said in enumerate(("measured by --dry-run-steps", "for 100 steps, of which 50 were done")):
+        run = replace(contents, kind="run", forecasts=contents.forecasts[number : number + 1])
+        assert said in forecast_sentence(run)
+        assert said in html_page(run)
+    rows = forecast_table(replace(contents, kind="run")).rows
+    assert [cell.text for cell in rows[1]] == ["start-up", "0.6s", "0.5s", "0.7s", "1.2s", "+100%"]
+    assert "Forecast and what came" not in html_page(replace(contents, forecasts=()))
+
+
+def test_the_picture_of_a_range_test_shows_the_range_and_not_the_explosion(contents):
+    test = contents.range_test
+    picture = range_pictures(contents)[0]
+    root = ET.fromstring(picture.svg)
+    assert "to search: " in "".join(key.text for key in picture.keys)
+    assert {f"lowest at {test.found.lowest:.3g}", test.end} <= {text.text for text in root.iter("text")}
+    ticks = [float(text.text) for text in root.iter("text") if re.fullmatch(r"[\d.]+", text.text or "")]
+    assert max(ticks) < 12 < max(test.losses)
+    assert "matrix_lr = {low = " in "".join(Page(html_page(contents)).text)
+    assert "matrix_lr = {low = " in markdown(contents)
+    unknown = RangeTest.of(RATES, test.multipliers, [9.0] * 100)
+    assert len(range_pictures(replace(contents, range_test=unknown))) == 1
 
 
 def test_questions_cost_what_such_runs_cost(contents):

@@ -66,6 +66,14 @@ PREEMPTED = [
 """Six steps; the third is lost 30 seconds before it is made again."""
 
 
+FORECAST = {
+    "num_iterations": 6,
+    "step": 6,
+    "measured": False,
+    "time_s": {"low": 80.0, "mid": 100.0, "high": 120.0, "actual": 110.0, "off_percent": 10.0},
+}
+
+
 def make_run(base_dir: Path, tag: str, *, journal: list[dict] = PREEMPTED, summary: bool = True, **settings) -> Path:
     """A run directory under `base_dir`."""
     folder = base_dir / "runs" / tag
@@ -79,7 +87,7 @@ def make_run(base_dir: Path, tag: str, *, journal: list[dict] = PREEMPTED, summa
     if summary:
         Summary(
             status="finished", step=6, num_iterations=6, tokens=6 * BATCH, val_bpb=2.0, wall_time_s=110.0, cost_usd=0.11,
-            tok_per_sec=100.0, preemptions=1, replayed_s=10.0, peak_memory_bytes=540_000_000,
+            tok_per_sec=100.0, preemptions=1, replayed_s=10.0, peak_memory_bytes=540_000_000, forecast=FORECAST,
         ).write(folder / "summary.json")  # fmt: skip
     return folder
 
@@ -91,7 +99,9 @@ def test_report_of_a_run_is_written_into_its_folder(tmp_path, capsys):
         "d4 reached val_bpb 2.0000 in 1m50s for $0.11.",
         *(str(folder / name) for name in ("report.html", "report.md", "trials.csv")),
     ]
-    assert "1 restart, 1 of them by preemption" in (folder / "report.md").read_text()
+    report = (folder / "report.md").read_text()
+    assert "1 restart, 1 of them by preemption" in report
+    assert "| wall time | 1m40s | 1m20s | 2m00s | 1m50s | +10% |" in report
     assert next(csv.DictReader((folder / "trials.csv").read_text().splitlines()))["val_bpb"] == "2.0"
 
 
@@ -109,6 +119,7 @@ def test_report_of_a_search_says_what_its_book_says(tmp_path):
     contents = read(find("lr", tmp_path))
     assert [(run.trial.tag, run.status) for run in contents.runs] == [("lr-000", "finished"), ("lr-001", "waiting")]
     assert [curve.tag for curve in contents.curves] == ["lr-000"]
+    assert [(forecast.number, forecast.title) for forecast in contents.forecasts] == [(0, "baseline")]
     assert contents.ledger["productive_s"] == pytest.approx(120)
     assert main(["lr", "--base-dir", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.md", "trials.csv"]

@@ -1,6 +1,7 @@
 """jobs/search.py: what its command line means."""
 
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ from raychat.cli import parse
 from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.on_ray.orders import as_flags
-from raychat.on_ray.range_test import lines, range_config
 from raychat.search.book import Book, search_dir
-from raychat.search.rate_range import RateRange
+from raychat.search.range_run import lines, range_config, recorded
+from raychat.search.range_test import RATES, RangeTest
 
 ROOT = Path(__file__).resolve().parents[1]
 job = runpy.run_path(str(ROOT / "jobs" / "search.py"))
@@ -98,16 +99,36 @@ def test_the_command_of_a_trial_parses_to_its_configuration(flags):
     assert parse(as_flags(config), prog="pretrain", description="") == config
 
 
-def test_the_range_test_rises_to_the_multiple_without_decay():
-    config = Config.from_flat({"num_iterations": 9, "matrix_lr": 0.02})
-    test = range_config(config, steps=100, most=5.0)
-    assert test.optim.matrix_lr == pytest.approx(0.1)
-    assert (test.optim.warmup_ratio, test.optim.warmdown_ratio, test.horizon.num_iterations) == (1.0, 0.0, 100)
-    assert test.model_tag == "d20-lr-range"
-    told = lines(config, RateRange(low=0.5, high=2.0, diverges=None, note="more"))
-    assert "matrix_lr = {low = 0.01, high = 0.04, log = true, num = 3}" in told
-    with pytest.raises(ConfigError, match="at least 8"):
-        range_config(config, steps=5, most=5.0)
+def test_what_a_range_test_prints_is_the_command_of_a_search_from_the_same_base(tmp_path):
+    flags = ["--preset=d4-cpu", "--depth=3", "--matrix-lr=0.03", "--corpus=my texts", "--seed=7", "--model-tag=mine"]
+    config = parse([*flags, f"--base-dir={tmp_path}"], prog="search", description="")
+    rates = {name: getattr(config.optim, name) for name in RATES}
+    multiples = [0.01 * 1000 ** (n / 99) for n in range(100)]
+    losses = [9 - 4 / (1 + (0.2 / m) ** 3) + (5.0 if m > 4 else 0.0) for m in multiples]
+    found = RangeTest.of(rates, multiples, losses)
+    spec = spec_of(*shlex.split(lines(config, found)[-2])[2:])
+    assert spec.name == "mine-rates"
+    assert spec.base == {"preset": "d4-cpu", "depth": 3, "matrix_lr": 0.03, "corpus": "my texts"}
+    grid = spec.space["matrix_lr"].grid()
+    assert (grid[0], grid[-1]) == pytest.approx((0.03 * found.found.low, 0.03 * found.found.high), rel=5e-3)
+
+    test = range_config(config, steps=100, least=0.1, most=5.0)
+    again = shlex.split(recorded(config, test, least=0.1, most=5.0).command)[2:]
+    at = again.index("--")
+    args = job["parser"]().parse_args(again[:at])
+    assert (args.lr_range, args.range_steps, args.range_least, args.range_most) == (True, 100, 0.1, 5.0)
+    assert sorted(again[at + 1 :]) == sorted(flags)
+
+
+def test_a_range_test_is_no_search_and_has_a_plan(tmp_path, capsys):
+    flags = ["--preset", "d4-cpu", "--gpu", "cpu", "--dry-run"]
+    with pytest.raises(ConfigError, match="--lr-range is one run and no search"):
+        job["main"](["--lr-range", "--space", "depth=2", "--", *flags])
+    assert job["main"](["--base-dir", str(tmp_path), "--lr-range", "--range-steps", "99", "--", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "warm-up 99 steps" in said
+    assert "rises exponentially from 0.001 of these rates" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_loads_neither_torch_nor_ray():

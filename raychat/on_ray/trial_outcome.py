@@ -14,13 +14,12 @@ from raychat.planning import model_shape, param_counts, recipe
 from raychat.search.trial import Outcome, Status, Trial, outcome_of_summary
 from raychat.tracking.journal import read_journal
 from raychat.tracking.run_table import JOURNAL, last_turn
-from raychat.tracking.summary import Summary
+from raychat.tracking.summary import DIVERGED, Summary
 from raychat.training.reporting import UNTIMED_STEPS
 
 BAD_INPUT = 2
 ERROR_CHARS = 500
 MACHINES_GONE = re.compile(r"--max-(preemptions|wait)\b")
-DIVERGED = "The weights were not updated"  # raychat.training.bad_steps says it
 NO_MEMORY = re.compile(r"out of memory|DefaultCPUAllocator", re.IGNORECASE)
 WRITTEN = re.compile(r"^written to (.+)$", re.MULTILINE)
 

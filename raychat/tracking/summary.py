@@ -12,6 +12,8 @@ from raychat.errors import DataError
 Status = Literal["finished", "failed", "stopped"]
 NO_RETRY = "no retry: the same command would fail alike"
 """said at the end of a run whose `retry_helps` is false; what reads logs goes by it"""
+DIVERGED = "The weights were not updated"
+"""said in the error of a run whose loss or gradient was no number; what reads summaries goes by it"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from raychat.errors import RaychatError
 from raychat.model import GPT
 from raychat.optim import MuonAdamW
 from raychat.storage import Store
+from raychat.tracking.summary import DIVERGED
 from raychat.training import checkpoint
 from raychat.training.checkpoint import Checkpoint
 from raychat.training.world import World
@@ -80,7 +81,7 @@ class BadSteps:
                 f"{rows}: it is not the data."
             )
         raise DivergedError(
-            f"step {bad.step}: {bad.reason}. The weights were not updated; the last checkpoint is good.{tried} Lower the "
+            f"step {bad.step}: {bad.reason}. {DIVERGED}; the last checkpoint is good.{tried} Lower the "
             "rates (--matrix-lr, --embedding-lr), or set --grad-clip 1.0."
         )
 

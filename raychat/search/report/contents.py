@@ -7,6 +7,7 @@ from typing import Any, Literal
 from raychat.search.effects import Effect
 from raychat.search.fits import ScalingFit
 from raychat.search.pairing import Noise
+from raychat.search.range_test import RangeTest
 from raychat.search.ranking import Place
 from raychat.search.trial import Outcome, Trial
 
@@ -108,6 +109,16 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What was expected of a run when it began, and what it came to."""
+
+    number: int
+    title: str
+    values: Mapping[str, Any]
+    """raychat.planning.hindsight.record"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportContents:
     """Everything in a report. What is empty or None is left out, never invented."""
 
@@ -136,6 +147,10 @@ class ReportContents:
     curves: tuple[Curve, ...] = ()
     effects: tuple[Effect, ...] = ()
     fit: ScalingFit | None = None
+    range_test: RangeTest | None = None
+    """of a run that is one"""
+    forecasts: tuple[Forecast, ...] = ()
+    """of the runs that ended and had one"""
     ledger: Mapping[str, float] = field(default_factory=dict)
     """account -> seconds, of all runs together"""
     interruption: Interruption | None = None

@@ -5,11 +5,14 @@ import io
 
 from raychat.search.report import tables
 from raychat.search.report.contents import ReportContents
+from raychat.search.report.forecasts import forecast_sentence, forecast_table
 from raychat.search.report.insight_pictures import law_words
 from raychat.search.report.sections import (
     DIFFERENCES,
+    FORECAST,
     HEADINGS,
     OPEN,
+    RANGE,
     interruption_sentence,
     noise_sentence,
     tiles,
@@ -29,10 +32,12 @@ def markdown(contents: ReportContents) -> str:
         _section(HEADINGS["command"][contents.kind], _code([contents.command] if contents.command else [])),
         _section("All runs" if contents.kind == "search" else "The run", _table(tables.runs_table(contents))),
         _section("Configurations", _table(tables.places_table(contents)), noise_sentence(contents)),
+        _section(RANGE, _code(contents.range_test.space, "toml") if contents.range_test else ""),
         _section("Effect of each parameter", _effects(contents)),
         _section("Scaling", _scaling(contents)),
         _section("Hardware profile", _table(tables.hardware_table(contents))),
         _section("Where the time went", _table(tables.ledger_table(contents)), interruption_sentence(contents)),
+        _section(FORECAST, _table(forecast_table(contents)), forecast_sentence(contents)),
         _section(DIFFERENCES[contents.kind], _table(tables.differences_table(contents))),
         _section("Prices", _table(tables.prices_table(contents))),
         _section("Open questions", _table(tables.questions_table(contents)), OPEN),
@@ -60,8 +65,8 @@ def _section(heading: str, body: str, note: str = "") -> str:
     return "\n\n".join(part for part in (f"## {heading}", body, note) if part) if body else ""
 
 
-def _code(commands: "tuple[str, ...] | list[str]") -> str:
-    return "```sh\n" + "\n".join(commands) + "\n```" if commands else ""
+def _code(commands: "tuple[str, ...] | list[str]", language: str = "sh") -> str:
+    return f"```{language}\n" + "\n".join(commands) + "\n```" if commands else ""
 
 
 def _table(table: Table) -> str:

@@ -4,10 +4,11 @@ import time
 from pathlib import Path
 
 from raychat.errors import DataError
+from raychat.search.range_test import FILE, RangeTest
 from raychat.search.report import words
 from raychat.search.report.command import changed, pretrain_command
 from raychat.search.report.contents import Difference, Question, ReportContents, ReportRun
-from raychat.search.report.run_files import RunFiles, curve_of, interruption_of, outcome_of, price_of
+from raychat.search.report.run_files import RunFiles, curve_of, forecast_of, interruption_of, outcome_of, price_of
 from raychat.search.report.versions import commit, versions
 from raychat.search.trial import Outcome, Trial
 from raychat.tracking.run_table import run_dirs
@@ -32,19 +33,24 @@ def run_contents(run_dir: Path) -> ReportContents:
     title = f"d{settings['depth']}" if settings.get("depth") else tag
     trial = Trial(number=1, tag=tag, title=title, settings={}, arm=title, seed=settings.get("seed", 0))
     curve, price = curve_of(files, title=title, arm=title), price_of(files)
+    forecast = forecast_of(files, number=trial.number, title=title) if outcome else None
+    test = RangeTest.read(run_dir / FILE)
+    command = test.command if test else pretrain_command(settings, tag=tag) if settings else ""
     return ReportContents(
         name=tag,
         kind="run",
         made=now(),
-        sentence=_sentence(title, files, outcome),
+        sentence=test.sentence if test else _sentence(title, files, outcome),
         state=outcome.status if outcome else "running" if files.live else "interrupted",
-        command=pretrain_command(settings, tag=tag) if settings else "",
+        command=command,
         winner=title,
         baseline=title,
         going_on=outcome is None and files.live,
         spec={name: value for name, value in settings.items() if value != ""},
         runs=(ReportRun(trial=trial, outcome=outcome, running=files.live),),
         curves=(curve,) if curve else (),
+        range_test=test,
+        forecasts=(forecast,) if forecast else (),
         ledger=files.ledger.accounts(),
         interruption=interruption_of([files]),
         differences=tuple(
@@ -52,8 +58,8 @@ def run_contents(run_dir: Path) -> ReportContents:
             for name, (before, value) in changed(settings).items()
         ),
         prices=(price,) if price else (),
-        questions=_questions(files, outcome),
-        reproduce=reproduced(pretrain_command(settings, tag=tag), tag) if settings else (),
+        questions=() if test else _questions(files, outcome),
+        reproduce=reproduced(command, tag) if command else (),
         facts=facts_of([files]),
     )
 

@@ -14,10 +14,10 @@ from raychat.search.pairing import Noise
 from raychat.search.ranking import Objective, Place, baseline_noise, ranking
 from raychat.search.report import words
 from raychat.search.report.command import pretrain_command
-from raychat.search.report.contents import Curve, Difference, Finding, Price, ReportContents, ReportRun
+from raychat.search.report.contents import Curve, Difference, Finding, Forecast, Price, ReportContents, ReportRun
 from raychat.search.report.of_run import facts_of, now, reproduced
 from raychat.search.report.questions import open_questions
-from raychat.search.report.run_files import RunFiles, curve_of, interruption_of, price_of
+from raychat.search.report.run_files import RunFiles, curve_of, forecast_of, interruption_of, price_of
 from raychat.search.report.sweep import BUDGET, sweep_questions, sweep_verdict
 from raychat.search.spec import BASELINE, SearchSpec
 from raychat.search.trial import Outcome, Trial
@@ -74,6 +74,7 @@ def search_contents(spec: SearchSpec, trials: Found, runs_dir: Path, *, going_on
         curves=_curves(done, files),
         effects=() if fit else _effects(done, spec, noise),
         fit=fit,
+        forecasts=_forecasts(done, files),
         ledger=_ledger(list(files.values())),
         interruption=interruption_of(list(files.values())),
         differences=_differences(spec, trials, files, titles),
@@ -152,6 +153,11 @@ def _report_run(spec: SearchSpec, trial: Trial, outcome: Outcome | None, files: 
     shape = {name: base[name] for name in ("depth", "device_batch_size")}
     facts = shape | dict(outcome.facts) | {name: v for name, v in trial.settings.items() if name in shape}
     return ReportRun(trial=trial, outcome=replace(outcome, facts=facts))
+
+
+def _forecasts(done: Sequence[tuple[Trial, Outcome]], files: Mapping[str, RunFiles]) -> tuple[Forecast, ...]:
+    made = [forecast_of(files[t.tag], number=t.number, title=t.title or "baseline") for t, _ in done if t.tag in files]
+    return tuple(forecast for forecast in made if forecast)
 
 
 def _ledger(files: Sequence[RunFiles]) -> dict[str, float]:

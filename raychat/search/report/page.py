@@ -6,14 +6,18 @@ from html import escape
 
 from raychat.search.report import tables, words
 from raychat.search.report.contents import ReportContents
+from raychat.search.report.forecasts import forecast_sentence, forecast_table
 from raychat.search.report.insight_pictures import effect_pictures, hardware_pictures, scaling_pictures
 from raychat.search.report.palette import Figure, Key
 from raychat.search.report.pictures import curve_pictures, spending_picture
+from raychat.search.report.range_picture import range_pictures
 from raychat.search.report.sections import (
     DIFFERENCES,
+    FORECAST,
     FOUND,
     HEADINGS,
     OPEN,
+    RANGE,
     interruption_sentence,
     noise_sentence,
     state_tone,
@@ -32,10 +36,12 @@ def html_page(contents: ReportContents) -> str:
         _head(contents),
         _commands(HEADINGS["command"][contents.kind], [contents.command] if contents.command else []),
         _runs(contents),
+        _range(contents),
         _pictures(FOUND[contents.kind], [*spending_picture(contents), *curve_pictures(contents)]),
         _pictures("What it depends on", [*effect_pictures(contents), *scaling_pictures(contents)]),
         _hardware(contents),
         _ledger(contents),
+        _section(FORECAST, _table(forecast_table(contents)), note=forecast_sentence(contents)),
         _section(DIFFERENCES[contents.kind], _table(tables.differences_table(contents), style="stack")),
         _section("Prices", _table(tables.prices_table(contents), style="stack")),
         _section("Open questions", _table(tables.questions_table(contents), style="stack"), note=OPEN),
@@ -92,6 +98,11 @@ def _runs(contents: ReportContents) -> str:
         noise = f'<p class="note">{escape(noise_sentence(contents))}</p>'
         body += f"<h2>Configurations</h2>{places}{noise}"
     return _section("All runs" if contents.kind == "search" else "The run", body)
+
+
+def _range(contents: ReportContents) -> str:
+    space = contents.range_test.space if contents.range_test else []
+    return _section(RANGE, _figures(range_pictures(contents)) + (_command("\n".join(space)) if space else ""))
 
 
 def _hardware(contents: ReportContents) -> str:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from raychat.errors import DataError
-from raychat.search.report.contents import Curve, Interruption, Point, Price
+from raychat.search.report.contents import Curve, Forecast, Interruption, Point, Price
 from raychat.search.trial import Outcome, Status, outcome_of_summary
 from raychat.tracking.figures import moving_average
 from raychat.tracking.journal import is_metrics, records_from
 from raychat.tracking.ledger import Ledger, ledger
 from raychat.tracking.run_table import JOURNAL, is_live
-from raychat.tracking.summary import Summary
+from raychat.tracking.summary import DIVERGED, Summary
 
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "oom")
 
@@ -163,6 +163,12 @@ def interruption_of(runs: Sequence[RunFiles]) -> Interruption | None:
     )
 
 
+def forecast_of(files: RunFiles, *, number: int, title: str) -> Forecast | None:
+    """What was forecast of a run that ended; None where nothing was."""
+    values = files.summary.forecast if files.summary else None
+    return Forecast(number=number, title=title, values=values) if values else None
+
+
 def price_of(files: RunFiles) -> Price | None:
     """What the run was charged at, with source and date; None for a run without a plan."""
     money = files.plan.get("money")
@@ -200,6 +206,8 @@ def _status(summary: Summary) -> tuple[Status, str]:
         )
     if any(mark in error.lower() for mark in OUT_OF_MEMORY):
         return "OOM", said
+    if DIVERGED in error:
+        return "diverged", said
     return "failed", said
 
 

@@ -12,6 +12,8 @@ from raychat.search.trial import Outcome
 HEADINGS = {"command": {"search": "The final baseline, ready to paste", "run": "This run again, ready to paste"}}
 DIFFERENCES = {"search": "Differences from the base", "run": "Differences from the defaults"}
 FOUND = {"search": "What was found", "run": "How it went"}
+FORECAST = "Forecast and what came"
+RANGE = "Between which rates to search"
 OPEN = "Time and cost are estimates from the runs above."
 TONES = {"confirmed": "good", "finished": "good", "failed": "bad", "no result": "bad", "no baseline": "warn"}
 
