@@ -244,7 +244,7 @@ def _refuse_changes(folder: Path, old: SearchSpec, new: SearchSpec, base: Mappin
     if changed:
         raise ConfigError(
             f"{folder} holds another search of this name ({'; '.join(changed)}). Its trials would not be comparable: give the "
-            f"new one another name, or go on with the old one. May change: {', '.join(sorted(FREE))}."
+            f"new one another name, or go on with the old one. May change: {', '.join(sorted(FREE | FREE_FLAGS))}."
         )
 
 
