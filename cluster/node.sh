@@ -5,6 +5,7 @@
 #   cluster/node.sh ray start --head --port=6379               starts Ray with these options, and the watcher
 #   cluster/node.sh ray start --address=HEAD:6379              the same on a machine that joins
 #   cluster/node.sh ray status                                 any other command of Ray's, with the token
+#   cluster/node.sh python -m raychat.tracking.mlflow_ui       Python of this installation, with the settings below
 #   cluster/node.sh stop                                       ends both; other Ray clusters of this machine go on
 #
 # Every machine needs the same token in ~/.ray/auth_token (`ray get-auth-token --generate` on one, then copy it).
@@ -29,6 +30,14 @@ setup() {
     fail "raychat needs Python 3.11 or newer: install one and name it, PYTHON=python3.12 $0 setup"
   "$python" -m venv "$ROOT/.venv"
   "$ROOT/.venv/bin/pip" install --quiet --disable-pip-version-check -c "$ROOT/.ci/constraints.txt" -e "$ROOT" "$@"
+}
+
+settings() {
+  export RAY_AUTH_MODE=token
+  set -a
+  # shellcheck source=/dev/null
+  [ ! -f "$HOME/raychat.env" ] || . "$HOME/raychat.env"
+  set +a
 }
 
 # The local disk of the machine, if it has one, at $1. It is emptied: what lies on it never outlives the machine.
@@ -63,18 +72,14 @@ start() {
   fi
   stop
   mkdir -p "$STATE"
-  set -a
-  # shellcheck source=/dev/null
-  [ ! -f "$HOME/raychat.env" ] || . "$HOME/raychat.env"
-  set +a
   ulimit -n 65536 2>/dev/null || true
   : >"$STATE/ray.log"
   setsid nohup "$BIN/ray" start "$@" --block >"$STATE/ray.log" 2>&1 </dev/null &
   echo $! >"$STATE/ray.pid"
-  for ((i = 0; i < START_S; i++)); do
+  for ((i = 0; i < 5 * START_S; i++)); do
     grep -q 'Ray runtime started' "$STATE/ray.log" && break
     kill -0 "$(cat "$STATE/ray.pid")" 2>/dev/null || break
-    sleep 1
+    sleep 0.2
   done
   if ! grep -q 'Ray runtime started' "$STATE/ray.log"; then
     cat "$STATE/ray.log" >&2
@@ -94,7 +99,7 @@ watch() {
     "$BIN/python" -m raychat.on_ray.node_watcher --address "$1" &
     child=$!
     wait "$child" || true
-    sleep 5 &
+    sleep 2 &
     child=$!
     wait "$child" || true
   done
@@ -111,9 +116,9 @@ stop() {
         kill -KILL -- "-$pid" 2>/dev/null || true # its SIGTERM means that the machine goes
       else
         kill -TERM "$pid" 2>/dev/null || true
-        for ((i = 0; i < STOP_S; i++)); do
+        for ((i = 0; i < 5 * STOP_S; i++)); do
           kill -0 "$pid" 2>/dev/null || break
-          sleep 1
+          sleep 0.2
         done
         kill -KILL -- "-$pid" 2>/dev/null || true # what is left of its session
       fi
@@ -125,8 +130,13 @@ stop() {
 case ${1:-} in
   setup) setup "${@:2}" ;;
   disk) local_disk "${2:?disk PATH}" ;;
+  python)
+    settings
+    cd "$ROOT"
+    exec "$BIN/python" "${@:2}"
+    ;;
   ray)
-    export RAY_AUTH_MODE=token
+    settings
     if [ "${2:-}" = start ]; then start "${@:3}"; else exec "$BIN/ray" "${@:2}"; fi
     ;;
   watch) watch "${2:?watch ADDRESS}" ;;
