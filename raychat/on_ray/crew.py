@@ -21,6 +21,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError  # 
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from raychat.on_ray import helpers
 from raychat.on_ray.inbox import ControllerState, ControllerUp, Post, open_inbox
 from raychat.on_ray.nodes import not_on
 from raychat.on_ray.stream import RowsDataConfig
@@ -38,6 +39,8 @@ class Crew:
         self.workers, self.use_gpu = workers, use_gpu
         self.inbox = inbox = open_inbox()
         self.controller: Any = None
+        self._run_id = ""
+        helpers.keep_here()
         self.error: str | None = None
         filesystem, path = storage.arrow()
         trainer = TorchTrainer(
@@ -79,7 +82,7 @@ class Crew:
             return Post([], {})
         for message in post.messages:
             if isinstance(message, ControllerUp):
-                self.controller = message.handle
+                self.controller, self._run_id = message.handle, message.run_id
         return post
 
     def join(self, seconds: float) -> None:
@@ -97,6 +100,8 @@ class Crew:
                 ray.kill(self.controller)
             self._thread.join(max(0.0, deadline - time.monotonic()))
             ray.kill(self.inbox)
+        if self._run_id:
+            helpers.withdraw(self._run_id)
 
     def _fit(self, trainer: TorchTrainer) -> None:
         try:
@@ -130,7 +135,7 @@ class _Reporter(ControllerCallback):
     def after_controller_start(self, train_run_context: Any) -> None:
         # Workers that wait for a dead peer would make every restart wait for them, half a minute by default.
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
-        self._inbox.put.remote(ControllerUp(ray.get_runtime_context().current_actor))
+        self._inbox.put.remote(ControllerUp(ray.get_runtime_context().current_actor, train_run_context.run_id))
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         if type(previous_state) is type(current_state):

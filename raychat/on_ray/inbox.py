@@ -41,9 +41,13 @@ class Hello:
 
 @dataclass(frozen=True)
 class ControllerUp:
-    """Ray Train's controller has started; its handle is how a group is ended from outside."""
+    """Ray Train's controller has started; its handle is how a group is ended from outside.
+
+    `run_id` is Ray Train's: what it asks of the autoscaler bears it.
+    """
 
     handle: Any
+    run_id: str
 
 
 @dataclass(frozen=True)
