@@ -2,7 +2,7 @@
 
   python -m raychat.on_ray.node_watcher --address HEAD:6379        on every node, from its start script or a service
 
-Ray asks no cloud by itself. The driver starts a watcher on every node that it sees (`start_watchers`); one that runs
+Ray asks no cloud by itself. The driver starts a watcher on every node that its run is on (`start_watchers`); one that runs
 beside the node also learns of SIGTERM, which the shutdown of the machine or of the pod sends to it, and works before any
 driver does. Two watchers of one node do no harm: they announce the same deadline.
 """
@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
@@ -145,11 +145,12 @@ class _Watcher:
         threading.Thread(target=watch.run, daemon=True, name="node-watcher").start()
 
 
-def start_watchers(known: dict[str, Any]) -> None:
+def start_watchers(known: dict[str, Any], wanted: Collection[str] | None = None) -> None:
     """Bring `known` (node id -> what watches it) up to date with the nodes that are alive, and start what is missing.
 
     For the driver, again and again: it waits for nothing but one look at the list of nodes. The watchers take no CPU,
-    end with the driver's job, and look where the driver's RAYCHAT_METADATA_URL says, if it is set.
+    end with the driver's job, and look where the driver's RAYCHAT_METADATA_URL says, if it is set. Nodes that are not
+    `wanted` (None: all are) are left: an autoscaler keeps a node on which any process of a job lives.
     """
     try:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -157,6 +158,10 @@ def start_watchers(known: dict[str, Any]) -> None:
         return
     for node_id in known.keys() - alive:
         del known[node_id]
+    if wanted is not None:
+        for node_id in known.keys() - set(wanted):
+            ray.kill(known.pop(node_id))
+        alive &= set(wanted)
     for node_id in alive - known.keys():
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
         watcher = ray.remote(_Watcher).options(num_cpus=0, max_restarts=-1, scheduling_strategy=there)

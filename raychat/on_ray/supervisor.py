@@ -118,7 +118,7 @@ class Supervisor:
                 told = True
                 self.echo(self._waiting_line(patience.waited_s))
             check_wait(self.session, patience.waited_s, fewest=self.fewest)
-            self._watchers.keep()
+            self._watchers.keep({self.own_node})
             self.gauges.keep(workers=0)
             time.sleep(LOOK_S if told else TICK_S)
 
@@ -310,7 +310,7 @@ class Supervisor:
             return False
         self._looked_at = time.monotonic()
         self.watch.look()
-        self._watchers.keep()
+        self._watchers.keep({rank.node_id for rank in shift.ranks} | {self.own_node})
         remove_placement_groups(self._ended)
         if not shift.ranks:
             return False
