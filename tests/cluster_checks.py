@@ -12,6 +12,7 @@ SSH = 22
 LEAST_DISK_GB = 100  # torch with CUDA, the corpus, spilled objects
 LONGEST_IDLE_MIN = 30
 GRACE_MARGIN_S = 20
+GKE_SPOT_S = 15  # that Google leaves the pods of a spot machine
 
 # Fields of Google's `instances.insert` that the launcher file uses, with theirs: another one is a typing error or needs a look
 # at https://cloud.google.com/compute/docs/reference/rest/v1/instances/insert before it is added here.
@@ -39,7 +40,8 @@ def is_spot(provider: str, node: Json) -> bool:
     """Whether machines of this `node_config` are on spot."""
     if provider == "aws":
         return node.get("InstanceMarketOptions", {}).get("MarketType") == "spot"
-    return node.get("scheduling", {}).get("provisioningModel") == "SPOT"
+    scheduling = node.get("scheduling", {})
+    return isinstance(scheduling, dict) and scheduling.get("provisioningModel") == "SPOT"
 
 
 def group_problems(config: Json, prices: Mapping[str, Machine]) -> Iterator[str]:
@@ -167,7 +169,7 @@ def launcher_problems(config: Json, prices: Mapping[str, Machine], run_instances
             problems += gcp_field_problems(node, GCP_FIELDS, name)
             if is_spot("gcp", node) and node["scheduling"].get("instanceTerminationAction") != "DELETE":
                 problems.append(f"{name}: what is left of a spot machine that was taken costs on")
-            if group["resources"].get("GPU") and node.get("scheduling", {}).get("onHostMaintenance") != "TERMINATE":
+            if group["resources"].get("GPU") and "TERMINATE" not in str(node.get("scheduling")):
                 problems.append(f"{name}: Google starts no GPU machine that is to be moved to another host")
     return problems
 

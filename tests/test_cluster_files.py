@@ -127,7 +127,6 @@ def test_planted_errors_are_found(name, path, value, found, run_instances):
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_the_autoscaler_takes_spot_first_and_on_demand_where_spot_could_not_be_had(name):
-    from ray.autoscaler.v2.event_logger import AutoscalerEventLogger
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil
@@ -139,11 +138,11 @@ def test_the_autoscaler_takes_spot_first_and_on_demand_where_spot_could_not_be_h
         request = SchedulingRequest(
             disable_launch_config_check=True,
             node_type_configs=config.get_node_type_configs(),
-            max_num_nodes=config.get_max_num_nodes(),
+            max_num_nodes=config.get_max_num_worker_nodes(),
             resource_requests=ResourceRequestUtil.group_by_count([one] * gpus),
             recoverable_resource_availabilities=dict.fromkeys(failed, 0.0),
         )
-        reply = ResourceDemandScheduler(AutoscalerEventLogger(None)).schedule(request)
+        reply = ResourceDemandScheduler(event_logger=None).schedule(request)
         return {launch.instance_type: launch.count for launch in reply.to_launch if launch.instance_type != "head"}
 
     other = next(
@@ -282,8 +281,12 @@ def test_errors_planted_in_the_cluster_are_found():
         lambda spec, group, pod: pods(spec)[0]["nodeSelector"].update({"cloud.google.com/gke-provisioning": "spot"}),
         "head",
     )
-    planted(lambda spec, group, pod: pod.update(terminationGracePeriodSeconds=60), "killed before")
+    planted(lambda spec, group, pod: pod.update(terminationGracePeriodSeconds=30), "killed before")
     planted(lambda spec, group, pod: pod["containers"][0]["lifecycle"].pop("preStop"), "killed before")
+    planted(
+        lambda spec, group, pod: pod["containers"][0]["lifecycle"]["preStop"]["exec"].update(command=["sleep", "90"]),
+        "15 s",
+    )
     planted(lambda spec, group, pod: pod["containers"].pop(), "watcher")
     planted(lambda spec, group, pod: pod["volumes"][1]["emptyDir"].pop("medium"), "/dev/shm")
     planted(lambda spec, group, pod: pod["tolerations"].pop(1), "taints")
