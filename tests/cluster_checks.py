@@ -203,6 +203,8 @@ def pod_problems(name: str, pod: Json) -> Iterator[str]:
     sleep, window = _grace(pod)
     if pod.get("terminationGracePeriodSeconds", 30) < sleep + window + GRACE_MARGIN_S or not sleep:
         yield f"{name}: Ray is killed before its drain window has passed"
+    if _is_on_spot(pod) and sleep + window > GKE_SPOT_S:
+        yield f"{name}: the pod has {GKE_SPOT_S} s, and would be told of more"
     watchers = [
         c.get("command", []) for c in pod["containers"] if "raychat.on_ray.node_watcher" in c.get("command", [])
     ]
