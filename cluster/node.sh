@@ -33,7 +33,7 @@ setup() {
 }
 
 settings() {
-  export RAY_AUTH_MODE=token
+  export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
   set -a
   # shellcheck source=/dev/null
   [ ! -f "$HOME/raychat.env" ] || . "$HOME/raychat.env"
