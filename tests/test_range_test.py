@@ -97,6 +97,7 @@ def test_a_stopped_test_goes_on_exactly_and_one_that_is_over_is_not_made_again(o
     assert (width > 800, height > 400) == (True, True)
     with pytest.raises(ConfigError, match=r"other settings \(.*warmup_from: 0\.001 -> 0\.0001.*--fresh"):
         make(config, trainer, least=0.001)
+    trainer.poll = after(1, Signal.STOP)
     make(own_config(fresh=True), trainer)
     assert trainer.runs == 3
 

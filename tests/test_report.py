@@ -314,7 +314,7 @@ def test_a_forecast_stands_beside_what_came_for_each_run_of_a_search_and_each_qu
     assert texts[0] == ["0", "baseline", "1m40s", "1m45s", "+5%", "2.0 GB", "4.0 GB", "+100%"]
     assert texts[1][2:] == ["1m40s", "50s", "-", "-", "-", "-"]
     assert [table.rows[0][n].tone for n in (4, 7)] == ["good", "warn"]  # within what was forecast, and not
-    assert "wall time by 5% (+5% to +5%)" in forecast_sentence(contents)
+    assert "median (and range): wall time 5% (+5% to +5%), memory 100%" in forecast_sentence(contents)
     for number, said in enumerate(("measured by --dry-run-steps", "for 100 steps, of which 50 were done")):
         run = replace(contents, kind="run", forecasts=contents.forecasts[number : number + 1])
         assert said in forecast_sentence(run)

@@ -48,7 +48,7 @@ def forecast_sentence(contents: ReportContents) -> str:
         source = "measured by --dry-run-steps" if values.get("measured") else "calculated"
         done, planned = values.get("step") or 0, values.get("num_iterations") or 0
         short = (
-            f" It is for {planned:,} steps, of which {done:,} were done: time is compared for these."
+            f" It is for {planned:,} steps, of which {done:,} were done: the time of steps is compared for these."
             if done != planned
             else ""
         )
@@ -58,8 +58,8 @@ def forecast_sentence(contents: ReportContents) -> str:
         off = [percent for one in known if (percent := _quantity(one, name).get("off_percent")) is not None]
         if off:
             label = QUANTITIES[name][0]
-            said.append(f"{label} by {median(map(abs, off)):.0f}% ({min(off):+.0f}% to {max(off):+.0f}%)")
-    return f"Forecasts were off in the middle, without their sign: {', '.join(said)}." if said else ""
+            said.append(f"{label} {median(map(abs, off)):.0f}% ({min(off):+.0f}% to {max(off):+.0f}%)")
+    return f"By how much forecasts were off, without sign, median (and range): {', '.join(said)}." if said else ""
 
 
 def _of_run(known: Sequence[Forecast]) -> Table:
@@ -67,7 +67,7 @@ def _of_run(known: Sequence[Forecast]) -> Table:
     rows = []
     for name, (label, show) in QUANTITIES.items():
         values = _quantity(known[0], name) if known else {}
-        if values.get("mid") is not None:
+        if values.get("mid") is not None and (values["mid"] or values.get("actual")):  # no line for what a run has not
             bounds = (Cell(text=show(values[key]), value=values[key]) for key in ("mid", "low", "high"))
             actual = values.get("actual")
             rows.append((Cell(text=label, value=label), *bounds, Cell(text=show(actual), value=actual), _off(values)))

@@ -49,7 +49,8 @@ def _picture(test: RangeTest, size: tuple[int, int]) -> str:
         loss = dict(smooth)[found.lowest]
         words = f"lowest at {found.lowest:.3g}"
         picture.dot(found.lowest, loss, "c-0", f"{words}: {loss:.4f}")
-        picture.label(found.lowest, loss, words, "mark-label")
+        over_it = loss + 0.14 * (picture.y.high - picture.y.low)  # below it is little room, and beside it the curve
+        picture.label(found.lowest, over_it, words, "mark-label")
         if found.diverges is not None:
             picture.label(found.diverges, picture.y.high, test.end, "mark-label")
     return picture.render()
