@@ -82,6 +82,7 @@ start() {
     sleep 0.2
   done
   if ! grep -q 'Ray runtime started' "$STATE/ray.log"; then
+    kill -KILL -- "-$(cat "$STATE/ray.pid")" 2>/dev/null || true # what the failed start has left
     cat "$STATE/ray.log" >&2
     fail "Ray did not start; its output stands above"
   fi
