@@ -118,11 +118,7 @@ def story(connected, spec, cluster, environment, base_dir, tmp_path_factory) -> 
     try:
         stop_with_its_group(told, environment, said)
         kill(told, environment | {"RAY_ADDRESS": cluster.address}, said)
-        taken = placement_group([{"CPU": CPUS - 2}])
-        ray.get(taken.ready())
-        both = dataclasses.replace(spec, concurrency=2)
-        assert search.run(both, script=PRETRAIN, echo=told.lines.append)
-        remove_placement_group(taken)
+        come_to_the_end(told)
         yield told
     finally:
         for process in told.begun:
@@ -151,6 +147,17 @@ def kill(story: Story, environment: dict[str, str], said: Path) -> None:
         process.kill()
     wait_until(lambda: not drivers(story.runs.parent), "runs outlive their search", 15.0)
     wait_until(lambda: free_cpus() == CPUS, "workers outlive their search", 30.0)
+
+
+def come_to_the_end(story: Story) -> None:
+    """In this process, two runs at a time on two free CPUs."""
+    taken = placement_group([{"CPU": CPUS - 2}])
+    ray.get(taken.ready())
+    try:
+        both = dataclasses.replace(story.spec, concurrency=2)
+        assert search.run(both, script=PRETRAIN, echo=story.lines.append)
+    finally:
+        remove_placement_group(taken)
 
 
 def wait_until(condition, what, seconds=300.0):
