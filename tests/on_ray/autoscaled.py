@@ -1,0 +1,150 @@
+"""A cluster on this machine whose nodes come when they are asked for, and go when they idle.
+
+A head without workers, autoscaler v2, and Ray's fake nodes: raylets that the autoscaler starts and ends as it would
+machines. Ray has the same in `ray.cluster_utils.AutoscalingCluster`, which begins and ends with `ray stop --force`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray._raylet import GcsClient
+
+from on_ray.conftest import as_arguments, free_ports, listens
+from raychat.on_ray.processes import children, is_running, kill_tree
+from raychat.on_ray.raylets import ALIVE, SYSTEM_CONFIG
+
+RAY = Path(sys.executable).with_name("ray")
+HEAD_ID = "f" * 51 + "00000"  # that Ray's fake nodes have for the head
+START_S = 120.0
+
+
+@dataclass(frozen=True)
+class AutoscaledCluster:
+    """Where it listens, and the process of the head."""
+
+    gcs: str
+    dashboard: str
+    head: subprocess.Popen
+    folder: Path
+
+    def log(self) -> str:
+        """The end of what the head and the autoscaler have said."""
+        files = (self.folder / "output", self.folder / "session_latest" / "logs" / "monitor.log")
+        return "\n".join(file.read_text()[-6000:] for file in files if file.exists())
+
+    def nodes(self) -> set[str]:
+        """Ids of the nodes that are alive, without the head."""
+        alive = GcsClient(address=self.gcs).get_all_node_info(timeout=30, state_filter=ALIVE)
+        return {node.hex() for node in alive} - {HEAD_ID}
+
+
+@contextlib.contextmanager
+def autoscaled_cluster(environment: Mapping[str, str], *, most: int, idle_s: float) -> Iterator[AutoscaledCluster]:
+    """A head, and up to `most` nodes of one CPU, which go after `idle_s` seconds without work."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # sockets lie there: the names of pytest's folders are too long
+    gcs, dashboard, agent = free_ports(3)
+    address = f"127.0.0.1:{gcs}"
+    (folder / "autoscaling.yaml").write_text(json.dumps(_configuration(address, most=most, idle_s=idle_s)))
+    options = {
+        "port": gcs,
+        "dashboard-port": dashboard,
+        "dashboard-agent-listen-port": agent,
+        "node-ip-address": "127.0.0.1",
+        "temp-dir": folder,
+        "num-cpus": 0,
+        "num-gpus": 0,
+        "object-store-memory": 2**27,
+        "autoscaling-config": folder / "autoscaling.yaml",
+        "system-config": json.dumps(SYSTEM_CONFIG),
+    }
+    fake = {
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
+    with (folder / "output").open("w") as output:
+        head = subprocess.Popen(
+            [RAY, "start", "--head", "--block", "--include-dashboard=true", *as_arguments(options)],
+            env=dict(environment) | fake,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        _wait_until_up(head, folder / "output", [dashboard, agent])
+        yield AutoscaledCluster(address, f"http://127.0.0.1:{dashboard}", head, folder)
+    finally:
+        _end(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _configuration(gcs: str, *, most: int, idle_s: float) -> dict[str, object]:
+    """What a cluster YAML says, for nodes that are fake."""
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    return {f"{name}_commands": [] for name in commands} | {
+        "cluster_name": "fake",
+        "max_workers": most,
+        "idle_timeout_minutes": idle_s / 60,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": gcs,
+            "head_node_id": HEAD_ID,
+            "launch_multiple": True,
+            "disable_node_updaters": True,
+        },
+        "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "spot": {
+                "resources": {"CPU": 1, "object_store_memory": 2**27},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": most,
+            },
+        },
+    }
+
+
+def _wait_until_up(head: subprocess.Popen, output: Path, ports: list[int]) -> None:
+    deadline = time.monotonic() + START_S
+    while not all(map(listens, ports)):
+        assert head.poll() is None, output.read_text()
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.2)
+
+
+def _end(head: subprocess.Popen) -> None:
+    """End the head and all that it started: nodes are processes below the autoscaler's, which outlive it."""
+    below = children(head.pid)
+    head.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        head.wait(timeout=30)
+    if head.poll() is None:
+        kill_tree(head.pid)
+        head.wait()
+    for pid in filter(is_running, below):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while left := [pid for pid in below if is_running(pid)]:
+        assert time.monotonic() < deadline, f"processes {left} outlive their cluster"
+        time.sleep(0.1)
