@@ -127,18 +127,18 @@ def story(flags, environment, tmp_path_factory) -> Iterator[Story]:
 
         leaving, raylet = story.home_of_rank_0()
         story.mark("notice")
-        drain_node(cluster.gcs, leaving, NOTICE_S)
         deadline = time.time() + NOTICE_S
+        drain_node(cluster.gcs, leaving, NOTICE_S)
         story.wait("another node", lambda: cluster.nodes() - story.nodes["notice"])
         story.mark("another node")
         time.sleep(max(0.0, deadline - time.time()))
+        story.times["taken with notice"] = deadline
         kill_tree(raylet)
-        story.mark("taken with notice")
         story.times["step after notice"] = story.wait_for_a_step("taken with notice")
 
         _, raylet = story.home_of_rank_0()
-        kill_tree(raylet)
         story.mark("taken without")
+        kill_tree(raylet)
         story.times["step without"] = story.wait_for_a_step("taken without")
 
         pace.unlink()
