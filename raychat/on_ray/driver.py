@@ -21,6 +21,7 @@ from raychat.data.shards import ShardInfo, ShardTask
 from raychat.errors import ConfigError
 from raychat.on_ray import cluster as clusters
 from raychat.on_ray.limits import RunFailedError
+from raychat.on_ray.node_checks import NodeChecks
 from raychat.on_ray.shards import make_on_ray
 from raychat.on_ray.sizing import uses_gpus, wants_gpus, worker_range
 from raychat.on_ray.supervisor import Supervisor
@@ -50,6 +51,8 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
         device.refuse_gpu_sized(config, device.resolve(config, local_world_size=1))
     with contextlib.ExitStack() as stack:
         cluster = LazyCluster(config, stack, echo)
+        if clusters.address_of(config) != "local" and not config.run_dir.exists():
+            cluster.connected()  # what its nodes lack is said before anything is made
         data = prepare(config, with_gpus=cluster.has_gpus(), maker=cluster.make_shards, echo=echo)
         session = Session(config, data, echo=echo, eval_workers=True)
         if session.done:
@@ -62,7 +65,7 @@ def run(config: Config, *, echo: Echo) -> Summary | None:
         except BaseException:
             session.abort()
             raise
-        return _run_session(session, live, tracking_uri)
+        return _run_session(session, live, cluster.checks(), tracking_uri)
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -73,12 +76,12 @@ def with_absolute_paths(config: Config) -> Config:
     return Config.from_flat(paths | {"base_dir": str(config.base_dir), "storage_path": storage}, base=config)
 
 
-def _run_session(session: Session, cluster: clusters.Cluster, tracking_uri: str | None) -> Summary:
+def _run_session(session: Session, cluster: clusters.Cluster, checks: NodeChecks, tracking_uri: str | None) -> Summary:
     status: Literal["finished", "failed", "stopped"] = "failed"
     shipper, error = _shipper(session, tracking_uri, cluster), None
     try:
         session.echo(f"run directory: {Store.of(session.config.run_uri)}")
-        status = _supervised(session, cluster, shipper)
+        status = _supervised(session, cluster, checks, shipper)
     except BaseException as failure:
         error = str(failure) or type(failure).__name__
         raise
@@ -95,7 +98,7 @@ def _run_session(session: Session, cluster: clusters.Cluster, tracking_uri: str 
 
 
 def _supervised(
-    session: Session, cluster: clusters.Cluster, shipper: MLflowShipper | None
+    session: Session, cluster: clusters.Cluster, checks: NodeChecks, shipper: MLflowShipper | None
 ) -> Literal["finished", "stopped"]:
     started = []
 
@@ -106,7 +109,7 @@ def _supervised(
 
     try:
         with _stop_on_signals() as stop_asked:
-            return Supervisor(session, cluster, stop_asked=stop_asked, on_start=on_start).run()
+            return Supervisor(session, cluster, checks, stop_asked=stop_asked, on_start=on_start).run()
     except (ray.exceptions.RayError, ConnectionError) as lost:
         raise RunFailedError(
             f"The Ray cluster at {cluster.address} is gone ({type(lost).__name__}). The same command goes on from the "
@@ -158,12 +161,24 @@ class LazyCluster:
     def __init__(self, config: Config, stack: contextlib.ExitStack, echo: Echo) -> None:
         self._config, self._stack, self._echo = config, stack, echo
         self._cluster: clusters.Cluster | None = None
+        self._checks: NodeChecks | None = None
 
     def connected(self) -> clusters.Cluster:
-        """The cluster, connected."""
+        """The cluster, connected, and its nodes checked.
+
+        Raises:
+            ConfigError: it cannot be reached, or nodes of it cannot train.
+        """
         if self._cluster is None:
             self._cluster = self._stack.enter_context(clusters.connect(self._config, echo=self._echo))
+            self.checks().check_all()
         return self._cluster
+
+    def checks(self) -> NodeChecks:
+        """Those of the cluster's nodes; it must be connected."""
+        if self._checks is None:
+            self._checks = NodeChecks(self._config, echo=self._echo)
+        return self._checks
 
     def has_gpus(self) -> bool:
         """Whether the run will be on GPUs; asks the cluster only where that decides something."""

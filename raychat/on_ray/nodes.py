@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray._private.state
@@ -58,14 +58,33 @@ def nodes() -> dict[str, Node]:
     return found
 
 
+class Checks(Protocol):
+    """What decides which nodes may take part: see node_checks.py."""
+
+    @property
+    def unfit(self) -> set[str]:
+        """Ids of those that may not."""
+        ...
+
+    @property
+    def pending(self) -> bool:
+        """Whether nodes are being checked at this moment."""
+        ...
+
+    def tick(self, there: Iterable[Node]) -> None:
+        """Check those that are new, and take in what was found."""
+        ...
+
+
 class NodeWatch:
     """The cluster's nodes, looked at again and again; remembers deadlines, and nodes that were found to be gone.
 
     A machine that vanishes is alive for the cluster until several health checks have failed, which takes some 15 s.
     """
 
-    def __init__(self, use_gpu: bool) -> None:
-        self.use_gpu = use_gpu
+    def __init__(self, use_gpu: bool, checks: "Checks | None" = None) -> None:
+        """`checks`: of nodes that join, before workers are started on them."""
+        self.use_gpu, self.checks = use_gpu, checks
         self.nodes: dict[str, Node] = {}
         self._deadlines: dict[str, float] = {}
         self._gone: set[str] = set()
@@ -77,6 +96,18 @@ class NodeWatch:
         for node in self.nodes.values():
             if node.deadline_s is not None:
                 self._deadlines.setdefault(node.node_id, node.deadline_s)
+        if self.checks:
+            self.checks.tick(self.nodes.values())
+
+    @property
+    def unfit(self) -> set[str]:
+        """Nodes that are there and may not take part."""
+        return self.checks.unfit if self.checks else set()
+
+    @property
+    def checked(self) -> bool:
+        """Whether no node is being checked at this moment."""
+        return not (self.checks and self.checks.pending)
 
     def deadline_s(self, node_id: str) -> float | None:
         """Unix time at which the node is taken away, as it was first said."""
@@ -90,13 +121,15 @@ class NodeWatch:
         """Find out at once which of the nodes that count as alive do not answer."""
         some = list(self.nodes.values())
         with concurrent.futures.ThreadPoolExecutor(max(1, min(32, len(some)))) as pool:
-            answers = pool.map(_answers, some)
-        self._gone = {node.node_id for node, answer in zip(some, answers, strict=True) if not answer}
+            there = pool.map(answers, some)
+        self._gone = {node.node_id for node, answer in zip(some, there, strict=True) if not answer}
 
     def good(self) -> list[Node]:
         """Nodes that workers may be started on: they are there and stay."""
         return [
-            node for node in self.nodes.values() if self.is_alive(node.node_id) and not self.deadline_s(node.node_id)
+            node
+            for node in self.nodes.values()
+            if self.is_alive(node.node_id) and not self.deadline_s(node.node_id) and node.node_id not in self.unfit
         ]
 
     def slots(self) -> int:
@@ -113,12 +146,13 @@ class NodeWatch:
         return max(1, count)
 
     def avoid(self) -> list[str]:
-        """Nodes that the cluster would still start workers on, and that are gone or about to go."""
+        """Nodes that the cluster would still start workers on, and that are gone, about to go, or unfit."""
         good = {node.node_id for node in self.good()}
         return sorted(node_id for node_id in self.nodes if node_id not in good)
 
 
-def _answers(node: Node) -> bool:
+def answers(node: Node) -> bool:
+    """Whether the node's raylet takes a connection."""
     try:
         socket.create_connection((node.address, node.port), timeout=PROBE_S).close()
     except OSError:

@@ -7,9 +7,16 @@ from raychat.on_ray.crew import Crew
 from raychat.on_ray.inbox import Rank
 from raychat.on_ray.sizing import Patience
 from raychat.training.job import Job
+from raychat.training.retry import Cause
 
 TELL_S = 30.0  # between two lines while waiting
 SPARE_S = 10.0  # left over before a machine goes: clouds do not keep to the second
+WHAT_HAPPENED: dict[Cause, str] = {
+    "crash": "a worker failed",
+    "preempted": "a machine was preempted",
+    "lost": "a machine was lost",
+    "hang": "a worker hung",
+}
 
 
 @dataclass

@@ -45,6 +45,7 @@ class Room:
     def __init__(self, watch: NodeWatch, use_gpu: bool, *, most: int, fewest: int) -> None:
         self.watch, self.most, self.fewest = watch, most, fewest
         self._requests = Requests(use_gpu)
+        self._more: tuple[int, set[str]] = (0, set())
 
     def ask(self) -> None:
         """Ask for room for all workers, on machines that are there and stay."""
@@ -53,22 +54,30 @@ class Room:
     def found(self) -> int | None:
         """Workers to begin with, or None while it is better to wait."""
         granted, since_s = self._requests.granted()
+        if not self.watch.checked:
+            return None
         if granted >= min(self.most, self.watch.slots()) >= self.fewest:
             return granted
         return granted if granted >= self.fewest and since_s >= SETTLE_S else None
 
     def ask_more(self, workers: int, away_from: set[str]) -> None:
         """Ask for room for so many more workers, not on these machines, where those at work are."""
-        self._requests.set(workers, away_from=away_from)
+        self._more = (workers, away_from)
+        self._requests.set(workers, away_from=away_from | self.watch.unfit)
 
     def more(self) -> int:
         """How many more workers there has been room for, for long enough to interrupt a run."""
+        workers, away_from = self._more
+        self._requests.set(workers, away_from=away_from | self.watch.unfit)  # which may be others by now
         granted, since_s = self._requests.granted()
+        if not self.watch.checked:
+            return 0
         patience_s = SETTLE_S if granted == self._requests.asked else GROW_S
         return granted if since_s >= patience_s else 0
 
     def release(self) -> None:
         """Give back what was granted, and ask no more."""
+        self._more = (0, set())
         self._requests.set(0)
 
 

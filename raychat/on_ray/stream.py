@@ -17,6 +17,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.train import DataConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raychat.data.batches import Batch
 from raychat.data.order import Order, rank_slice
@@ -117,11 +118,20 @@ class RankStream:
 
 
 def open_dataset(source: PackedRows) -> ray.data.Dataset:
-    """The dataset of `source`, set to keep its order and to need no CPU."""
+    """The dataset of `source`, set to keep its order and to need no CPU.
+
+    It is read on the node of who reads it, where that can be: spread over all nodes, as Ray does it, its tasks would also run
+    on the head, blocks cross the network, and every rank wait for processes on every other node.
+    """
     blocks = -(-(source.span.stop - source.span.first) // source.steps_per_block)
     quiet_ray_data()
+    here = ray.get_runtime_context().get_node_id()
     dataset = ray.data.read_datasource(
-        source, num_cpus=0, concurrency=min(blocks, READ_TASKS_AT_ONCE), override_num_blocks=blocks
+        source,
+        num_cpus=0,
+        concurrency=min(blocks, READ_TASKS_AT_ONCE),
+        override_num_blocks=blocks,
+        ray_remote_args={"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True)},
     )
     dataset.context.execution_options.preserve_order = True
     return dataset

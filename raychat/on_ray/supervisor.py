@@ -18,8 +18,9 @@ from raychat.on_ray.evaluators import Evaluators
 from raychat.on_ray.gauges import RunGauges
 from raychat.on_ray.inbox import ControllerState, ControllerUp, Hello, Message, Post, Rank
 from raychat.on_ray.limits import RunFailedError, WorkerError, check_wait, limit_reached
+from raychat.on_ray.node_checks import NodeChecks
 from raychat.on_ray.nodes import NodeWatch, kill_process
-from raychat.on_ray.shift import TELL_S, Notice, Shift, save_at_s
+from raychat.on_ray.shift import TELL_S, WHAT_HAPPENED, Notice, Shift, save_at_s
 from raychat.on_ray.sizing import Patience, Room, uses_gpus, worker_range
 from raychat.on_ray.watchers import Watchers
 from raychat.progress import format_duration
@@ -45,13 +46,19 @@ class Supervisor:
     """Trains the session's run on `cluster`. `stop_asked` names the signal by which the user wants it saved and stopped."""
 
     def __init__(
-        self, session: Session, cluster: Cluster, *, stop_asked: Callable[[], str | None], on_start: Callable[[], None]
+        self,
+        session: Session,
+        cluster: Cluster,
+        checks: NodeChecks,
+        *,
+        stop_asked: Callable[[], str | None],
+        on_start: Callable[[], None],
     ) -> None:
         self.session, self.stop_asked, self.on_start = session, stop_asked, on_start
         self.echo = session.echo
         self.use_gpu = uses_gpus(session.config, cluster, session.starts())
         self.most, self.fewest = worker_range(session.config, cluster, self.use_gpu, session.starts())
-        self.watch = NodeWatch(self.use_gpu)
+        self.checks, self.watch = checks, NodeWatch(self.use_gpu, checks)
         self.room = Room(self.watch, self.use_gpu, most=self.most, fewest=self.fewest)
         self.evaluators = Evaluators(session, self.watch, use_gpu=self.use_gpu)
         self.gauges = RunGauges(session)
@@ -132,6 +139,7 @@ class Supervisor:
         )
 
     def _start_crew(self, workers: int) -> Shift:
+        self.checks.strict = False  # from now on, training does without a node that does not pass
         job = self._begin_attempt(workers)
         self.on_start()
         self.room.release()  # what was kept free for workers is theirs now
@@ -302,7 +310,7 @@ class Supervisor:
         if cause == "resize":
             self.echo(f"{error}: going on with them from the newest checkpoint")
         else:
-            self.echo(f"{_WHAT_HAPPENED[cause]}: {error}; going on from the newest checkpoint")
+            self.echo(f"{WHAT_HAPPENED[cause]}: {error}; going on from the newest checkpoint")
 
     def _look_at_nodes(self, shift: Shift) -> bool:
         """Heed notices, losses and new machines; True when the crew must make way for another one."""
@@ -387,11 +395,3 @@ class Supervisor:
             raise WorkerError(self.session.failure.message, self.session.failure.exit_code)
         if self.session.lease.lost:
             raise WorkerError(str(self.session.lease.why_lost), 1)
-
-
-_WHAT_HAPPENED: dict[Cause, str] = {
-    "crash": "a worker failed",
-    "preempted": "a machine was preempted",
-    "lost": "a machine was lost",
-    "hang": "a worker hung",
-}
