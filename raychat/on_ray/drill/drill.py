@@ -30,7 +30,7 @@ PRETRAIN = Path(__file__).resolve().parents[3] / "jobs" / "pretrain.py"
 WORKERS = 2
 SAVE_EVERY = 10
 ROWS, CONTEXT = 16, 128  # of a step; a row has one token more
-UNWANTED = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYCHAT_BASE_DIR")
+UNWANTED = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYCHAT_BASE_DIR", "RAYCHAT_STORAGE_PATH")
 START_S = 900.0  # the first run prepares the data
 TRAINING: dict[str, Any] = {
     "depth": 4,
