@@ -120,7 +120,7 @@ def pretrain():
 @pytest.fixture
 def refusal(pretrain, monkeypatch, capsys):
     """Runs the job with flags that cannot work; gives its message in one line, and the lines before it."""
-    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYCHAT_BASE_DIR"):
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYCHAT_BASE_DIR", "RAYCHAT_STORAGE_PATH"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*args):

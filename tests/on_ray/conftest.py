@@ -54,7 +54,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="package")
 def environment(cluster) -> dict[str, str]:
     """For processes that are to find raychat by themselves, and the token of the cluster, but nothing of the user's."""
-    unwanted = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYCHAT_BASE_DIR", "PYTHONPATH")
+    unwanted = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYCHAT_BASE_DIR", "RAYCHAT_STORAGE_PATH", "PYTHONPATH")
     kept = {name: value for name, value in os.environ.items() if name not in unwanted}
     return kept | {"OMP_NUM_THREADS": "1"}
 
