@@ -92,9 +92,9 @@ def suggest_range(multipliers: Sequence[float], losses: Sequence[float]) -> Rate
     steepest, at_the_start = _steepest(x, y, lowest)
     notes = []
     if diverges is None:
-        notes.append("the loss had not climbed at the highest rate: the range may go on above it")
+        notes.append("the loss had not climbed at the highest rate: the range may go on above it, --range-most")
     if at_the_start:
-        notes.append("the loss fell fastest at the lowest rates: the range may begin below them")
+        notes.append("the loss fell fastest at the lowest rates: the range may begin below them, --range-least")
     return RateRange(
         low=min(steepest, high / _LEAST_WIDTH),
         high=high,
