@@ -116,7 +116,10 @@ def test_a_notice_drains_the_node_until_its_deadline(cluster, node, gcp, monkeyp
     wait_until(lambda: node in draining(cluster))
     assert before + 24 <= draining(cluster)[node] <= time.time() + 25
     assert draining(cluster).keys() == {node}
-    ray.kill(watcher)
+    start_watchers(known, living() - {node})  # its run is not on this node any more, which may idle now
+    assert known.keys() == living() - {node}
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(watcher.__ray_ready__.remote(), timeout=30)
 
 
 def test_a_shutdown_of_the_machine_drains_the_node(cluster, node, environment):
