@@ -26,6 +26,14 @@ def write_corpus(folder: Path, *, files: int = 3, documents: int = 40, longest: 
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2 --dist loadgroup` one process runs all tests of Ray, on their one cluster, the other one the rest."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Runs in this process resolve to one thread: models of these sizes only wait for a second one."""
