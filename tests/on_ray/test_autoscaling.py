@@ -157,9 +157,8 @@ def test_the_job_asked_for_its_nodes_and_left_none(story, capsys):
     assert max(map(len, story.nodes.values())) <= 3
     assert story.nodes["no nodes"] == set()
     assert story.jobs.get_job_status(story.job) == JobStatus.SUCCEEDED, story.log()
-    assert "waiting for machines: at least 2 free CPUs are needed, the cluster has 0" in story.jobs.get_job_logs(
-        story.job
-    )
+    told = story.jobs.get_job_logs(story.job)
+    assert "waiting for machines: at least 2 free CPUs are needed" in told
     spans = {
         "submit to first step": ("submit", "first step"),
         "notice to another node": ("notice", "another node"),
