@@ -1,5 +1,6 @@
 """What MLflow shows is what the journal holds, once, whatever happened to the server or to us in between."""
 
+import fcntl
 import json
 import os
 import socket
@@ -497,3 +498,15 @@ def test_a_search_that_died_is_ended_with_its_report_and_has_its_runs_below_it(
     assert client.get_run(parent).info.status == "KILLED"
     assert {file.path for file in client.list_artifacts(parent)} == {"report.html", "report.md", "trials.csv"}
     assert client.get_run(run_id).data.tags["mlflow.parentRunId"] == parent
+
+
+def test_the_tables_of_a_new_store_are_made_by_one_process_at_a_time(base_dir):
+    uri = default_tracking_uri(base_dir)
+    opened = threading.Thread(target=lambda: mlflow_delivery.open_client(uri))
+    with (base_dir / "mlflow.db.lock").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        opened.start()
+        opened.join(0.5)
+        assert opened.is_alive()
+    opened.join(60)
+    assert not opened.is_alive()

@@ -4,6 +4,7 @@ The imports stand inside the functions, because they take seconds; the driver's 
 """
 
 import dataclasses
+import fcntl
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +186,20 @@ def open_client(uri: str) -> "MlflowClient":
     _prepare_process(uri)
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+    with _first_alone(uri):
+        return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def _first_alone(uri: str) -> Iterator[None]:
+    """One process at a time: the first one makes the tables of a new database, and two at once fail in each other's."""
+    if (database := sqlite_path(uri)) is None:
+        yield
+        return
+    with Path(f"{database}.lock").open("ab") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def add_to_run(
@@ -235,10 +249,11 @@ def failures_of(uri: str) -> Iterator[None]:
         raise error
     _prepare_process(uri)
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         problem = str(error).replace(uri.rstrip("/"), public_uri(uri.rstrip("/")))  # with it, a password
         raise RaychatError(
             f"MLflow at {public_uri(uri)} cannot be used: {problem}. "
