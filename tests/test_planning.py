@@ -294,8 +294,22 @@ def test_every_plan_is_plain_values_and_fits_the_terminal(name, tmp_path):
     lines = format_plan(plan).splitlines()
     assert max(map(len, lines)) <= WIDTH
     labels = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    several = ["exchange"] if plan["target"]["workers"] > 1 else []
     assert labels == [
-        *("model", "batch", "rates", "horizon", "machine", "memory", "data", "time", "money", "limits", "sources")
+        *(
+            "model",
+            "batch",
+            "rates",
+            "horizon",
+            "machine",
+            "memory",
+            "data",
+            "time",
+            *several,
+            "money",
+            "limits",
+            "sources",
+        )
     ]
 
 
