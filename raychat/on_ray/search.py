@@ -126,7 +126,7 @@ def concurrency(spec: SearchSpec, cluster: Cluster) -> int:
     workers = max(workers_of(config, cluster) for config in full_configs(spec))
     if on_gpus(base, cluster):
         return max(1, cluster.gpus // workers)
-    if base.cluster.threads == -1:  # a worker computes on all cores of its machine: a second run would take turns with it
+    if base.cluster.threads == -1:  # a worker takes all cores of its machine: a second run would only wait
         return max(1, cluster.machines // workers)
     return max(1, cluster.cpus // (workers * base.cluster.threads))
 
