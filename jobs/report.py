@@ -2,6 +2,7 @@
 
 python jobs/report.py RUN_OR_SEARCH        a model tag, the name of a search, or a folder
 python jobs/report.py d4 --output /tmp/d4  elsewhere than in its own folder
+python jobs/report.py sweep --with more    a scaling law over the runs of two sweeps, of other sizes of one model
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raychat import cli
-from raychat.checks import did_you_mean
+from raychat.checks import did_you_mean, require
 from raychat.errors import ConfigError
 from raychat.search.book import SPEC
 from raychat.search.report import ReportContents, write_report
@@ -28,9 +29,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("name", metavar="RUN_OR_SEARCH", help="model tag, name of a search, or folder of either")
     parser.add_argument("--base-dir", type=Path, default=default_base_dir(), help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the report; default: that of the run")
+    parser.add_argument(
+        "--with",
+        dest="others",
+        metavar="SEARCH,...",
+        default="",
+        help="sweeps whose runs are fitted together with these",
+    )
     args = parser.parse_args(argv)
-    folder = find(args.name, args.base_dir.expanduser())
-    contents = read(folder)
+    base_dir = args.base_dir.expanduser()
+    folder = find(args.name, base_dir)
+    contents = read(folder, [find(name, base_dir) for name in args.others.split(",") if name])
     print(contents.sentence)
     for path in write_report(contents, args.output or folder):
         print(path)
@@ -55,9 +64,12 @@ def find(name: str, base_dir: Path) -> Path:
     )
 
 
-def read(folder: Path) -> ReportContents:
-    """What the folder of a search or of a run says."""
-    return read_search(folder) if (folder / SPEC).is_file() else run_contents(folder)
+def read(folder: Path, others: Sequence[Path] = ()) -> ReportContents:
+    """What the folder of a search or of a run says. `others` are sweeps that make a law together with this one."""
+    if (folder / SPEC).is_file():
+        return read_search(folder, others)
+    require(not others, f"--with joins sweeps (jobs/search.py --iso-flops), and {folder.name} is a run: leave it out.")
+    return run_contents(folder)
 
 
 if __name__ == "__main__":

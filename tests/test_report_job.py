@@ -192,3 +192,47 @@ def test_the_command_makes_the_same_configuration_again(monkeypatch):
         args = [arg.strip("'") for arg in re.findall(r"'[^']*'|\S+", command)[2:]]
         again = cli.parse(args, prog="", description="").flat()
         assert again == config.flat() | {"model_tag": "again"}
+
+
+def sweep(base_dir, name, depth, *, fingerprint="d1", **base):
+    """A sweep over two budgets of one depth, by its book."""
+    settings = {**BASE, "base_dir": str(base_dir), "target_flops": 1e13, "num_iterations": -1, "depth": depth} | base
+    spec = read_spec(
+        {
+            "name": name,
+            "base": settings,
+            "space": {"target_flops": [1e13, 1e14]},
+            "scheduler": "none",
+            "noise_repeats": 0,
+        }
+    )
+    with Book.open(search_dir(base_dir, name), spec) as book:
+        for number, budget in enumerate((1e13, 1e14)):
+            arm, tag = spec.arm({"target_flops": budget}), f"{name}-{number:03d}"
+            book.propose(Trial(number=number, tag=tag, title=arm.title, settings=arm.settings, arm=arm.name, seed=42))
+            make_run(base_dir, tag)
+            config = base_dir / "runs" / tag / "config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"data_fingerprint": fingerprint}))
+            size = depth * 1_000_000
+            tokens = int(budget / 6 / size)
+            book.end(tag, Outcome(status="finished", val_bpb=2.0 - depth / 10, parameters=size, tokens=tokens))
+    return search_dir(base_dir, name)
+
+
+def test_a_law_is_made_from_the_runs_of_several_sweeps(tmp_path):
+    small, large = (sweep(tmp_path, name, depth) for name, depth in (("small", 2), ("large", 4)))
+    alone, together = read(small), read(small, [large])
+    assert [[len(optimum.points) for optimum in found.fit.optima] for found in (alone, together)] == [[1, 1], [2, 2]]
+    assert len(together.runs) == 2  # the table stays that of the search
+    assert main(["small", "--with", "large", "--base-dir", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+
+
+def test_runs_that_differ_in_more_than_their_size_make_no_law(tmp_path):
+    small = sweep(tmp_path, "small", 2)
+    with pytest.raises(ConfigError, match="matrix_lr 0.02 and 0.03"):
+        read(small, [sweep(tmp_path, "faster", 4, matrix_lr=0.03)])
+    with pytest.raises(ConfigError, match="data differ .d1, d2"):
+        read(small, [sweep(tmp_path, "elsewhere", 4, fingerprint="d2")])
+    make_run(tmp_path, "alone")
+    with pytest.raises(ConfigError, match="alone is a run"):
+        read(find("alone", tmp_path), [small])

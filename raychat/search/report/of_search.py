@@ -1,6 +1,6 @@
 """The report of a search, from its specification, its trials and the directories of their runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from raychat.search.book import SPEC, read_book
 from raychat.search.confirmation import confirm
 from raychat.search.effects import Run, effects
-from raychat.search.fits import ScalingFit, fit_scaling
+from raychat.search.fits import fit_scaling
 from raychat.search.iso_flops import IsoFlops
 from raychat.search.pairing import Noise
 from raychat.search.ranking import Objective, Place, baseline_noise, ranking
@@ -18,7 +18,7 @@ from raychat.search.report.contents import Curve, Difference, Finding, Forecast,
 from raychat.search.report.of_run import facts_of, now, reproduced
 from raychat.search.report.questions import open_questions
 from raychat.search.report.run_files import RunFiles, curve_of, forecast_of, interruption_of, price_of
-from raychat.search.report.sweep import BUDGET, sweep_questions, sweep_verdict
+from raychat.search.report.sweep import check_same_law, sweep_points, sweep_questions, sweep_verdict
 from raychat.search.spec import BASELINE, SearchSpec
 from raychat.search.trial import Outcome, Trial
 from raychat.search.verdict import verdict
@@ -30,28 +30,44 @@ DERIVED = ("num_iterations", "total_batch_size", "lr_scale", "weight_decay")
 Found = Sequence[tuple[Trial, Outcome | None]]
 
 
-def read_search(folder: Path) -> ReportContents:
+def read_search(folder: Path, others: Sequence[Path] = ()) -> ReportContents:
     """The search in `folder` by its book: one that ended, was interrupted or is going on.
 
+    The runs of `others` are fitted together with its own: more models for the budgets of a sweep.
+
     Raises:
-        ConfigError, CheckpointError: there is none, or its book is damaged.
+        ConfigError, CheckpointError: there is none, its book is damaged, or `others` do not belong to it.
     """
     spec, book = read_book(folder)
+    points: list[IsoFlops] = []
+    for other in others:
+        its_spec, its_book = read_book(other)
+        data = _data(spec.base_config.runs_dir, book.done) | _data(its_spec.base_config.runs_dir, its_book.done)
+        check_same_law(spec, its_spec, data)
+        points += sweep_points(its_spec, [(its_book.trials[tag], outcome) for tag, outcome in its_book.done.items()])
     trials = [(trial, book.done.get(tag)) for tag, trial in book.trials.items()]
-    return search_contents(spec, trials, spec.base_config.runs_dir, going_on=is_live(folder))
+    return search_contents(spec, trials, spec.base_config.runs_dir, going_on=is_live(folder), points=points)
 
 
-def search_contents(spec: SearchSpec, trials: Found, runs_dir: Path, *, going_on: bool = False) -> ReportContents:
+def _data(runs_dir: Path, tags: Iterable[str]) -> set[str]:
+    """Fingerprints of the data of these runs, as far as their directories are there."""
+    return {str(found) for tag in tags if (found := RunFiles(runs_dir / tag).config.get("data_fingerprint"))}
+
+
+def search_contents(
+    spec: SearchSpec, trials: Found, runs_dir: Path, *, going_on: bool = False, points: Sequence[IsoFlops] = ()
+) -> ReportContents:
     """What `trials` came to; an outcome of None is still to come. `runs_dir` holds their run directories, by tag.
 
-    Runs whose directory is gone are in the table and not in the pictures of curves.
+    Runs whose directory is gone are in the table and not in the pictures of curves. `points` are runs of other sweeps.
     """
     done = [(trial, outcome) for trial, outcome in trials if outcome is not None]
     files = {trial.tag: found for trial, _ in trials if (found := RunFiles(runs_dir / trial.tag)).journal}
     titles = {trial.arm: trial.title for trial, _ in trials}
     noise = baseline_noise(done, spec.objective, baseline=BASELINE)
     places = ranking(done, spec.objective, baseline=BASELINE, noise=noise)
-    fit = _fit(spec, done)
+    own = sweep_points(spec, done)
+    fit = fit_scaling([*own, *points]) if own else None
     found = sweep_verdict(fit, spec, done) if fit else _verdict(done, places, spec.objective)
     winner = _winner_settings(trials, found.winner)
     made = pretrain_command(spec.base_config.public() | dict(winner), tag=f"{spec.name}-baseline")
@@ -129,20 +145,6 @@ def _effects(done: Sequence[tuple[Trial, Outcome]], spec: SearchSpec, noise: Noi
         if found:
             return tuple(found)
     return ()
-
-
-def _fit(spec: SearchSpec, done: Sequence[tuple[Trial, Outcome]]) -> ScalingFit | None:
-    """Of a sweep over FLOPs budgets; None for any other search."""
-    if BUDGET not in spec.space:
-        return None
-    base = spec.base_config.flat()[BUDGET]
-    points = [
-        IsoFlops(budget=trial.settings.get(BUDGET, base), parameters=o.parameters, tokens=o.tokens, loss=o.val_bpb)
-        for trial, o in done
-        if trial.role == "trial" and trial.rung == 1 and o.status == "finished"
-        if o.parameters and o.tokens and o.val_bpb
-    ]
-    return fit_scaling(points) if points else None
 
 
 def _report_run(spec: SearchSpec, trial: Trial, outcome: Outcome | None, files: RunFiles | None) -> ReportRun:

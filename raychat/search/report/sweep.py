@@ -1,14 +1,58 @@
 """What a sweep over FLOPs budgets comes to, in a sentence: there is no baseline to beat in it."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 
+from raychat.checks import require
 from raychat.search.fits import ScalingFit
+from raychat.search.iso_flops import IsoFlops
 from raychat.search.report import words
 from raychat.search.report.contents import Finding, Question
 from raychat.search.spec import BASELINE, SearchSpec
 from raychat.search.trial import Outcome, Trial
 
 BUDGET = "target_flops"
+SIZES = frozenset({"depth", "aspect_ratio", "head_dim", "num_kv_heads", "device_batch_size", BUDGET})
+"""settings in which sweeps may differ whose runs make one law"""
+
+
+def sweep_points(spec: SearchSpec, done: Sequence[tuple[Trial, Outcome]]) -> list[IsoFlops]:
+    """The runs that a law can be made from; none of a search that has no FLOPs budgets."""
+    if BUDGET not in spec.space:
+        return []
+    base = spec.base_config.flat()[BUDGET]
+    return [
+        IsoFlops(budget=trial.settings.get(BUDGET, base), parameters=o.parameters, tokens=o.tokens, loss=o.val_bpb)
+        for trial, o in done
+        if trial.role == "trial" and trial.rung == 1 and o.status == "finished"
+        if o.parameters and o.tokens and o.val_bpb
+    ]
+
+
+def check_same_law(spec: SearchSpec, other: SearchSpec, data: Collection[str]) -> None:
+    """Refuse to put runs together that differ in more than their size and budget, or have no budgets.
+
+    `data` are the fingerprints of what the runs of both were trained on.
+
+    Raises:
+        ConfigError: naming the settings.
+    """
+    for one in (spec, other):
+        require(BUDGET in one.space, f"Search {one.name} has no FLOPs budgets (--iso-flops): it adds nothing to a law.")
+    require(
+        len(data) <= 1,
+        f"Searches {spec.name} and {other.name} make no law together: their data differ ({', '.join(sorted(data))}).",
+    )
+    compared = {f.name for name in ("model", "horizon", "batch", "optim") for f in _fields(spec, name)}
+    compared |= {"dtype", "fp8", "eval_tokens"}
+    one, two = spec.base_config.flat(), other.base_config.flat()
+    unlike = sorted(name for name in compared - SIZES if one[name] != two[name])
+    require(
+        not unlike,
+        f"Searches {spec.name} and {other.name} make no law together, their runs differ in more than size and budget: "
+        + ", ".join(f"{name} {one[name]} and {two[name]}" for name in unlike)
+        + ".",
+    )
 
 
 def sweep_verdict(fit: ScalingFit, spec: SearchSpec, done: Sequence[tuple[Trial, Outcome]]) -> Finding:
@@ -51,3 +95,7 @@ def sweep_questions(fit: ScalingFit, spec: SearchSpec, done: Sequence[tuple[Tria
 
 def _loss(item: tuple[Trial, float]) -> float:
     return item[1]
+
+
+def _fields(spec: SearchSpec, group: str) -> tuple[dataclasses.Field[object], ...]:
+    return dataclasses.fields(getattr(spec.base_config, group))
