@@ -139,7 +139,7 @@ class SearchSpec:
         """The configuration of `trial`, as jobs/pretrain.py is given it.
 
         At a rung below 1 the horizon is that share of the full one, in the unit in which it was given; batch, rates, decay,
-        warm-up and warmdown follow from it by the rules, as in any run of that length.
+        warm-up and warmdown follow from it by the rules, as in any run of that length. A trunk is the beginning of a full run.
 
         Raises:
             ConfigError: where the settings cannot be together: the trial is infeasible.
@@ -150,7 +150,7 @@ class SearchSpec:
         run, money = config.run, config.money
         if self.scheduler == "asha" and trial.rung < 1:
             run = replace(run, stop_at=max(1, round(trial.rung * recipe(config).num_iterations)))
-        elif trial.rung < 1:
+        elif trial.rung < 1 and trial.role != "trunk":
             config = _shorter(config, trial.rung)
         if trial.role == "rehearsal":
             run = replace(run, dry_run_steps=self.dry_run_steps)
