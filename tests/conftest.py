@@ -26,12 +26,13 @@ def write_corpus(folder: Path, *, files: int = 3, documents: int = 40, longest: 
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup` one process runs all tests of Ray, on their one cluster, the other one the rest."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """With `-n 2 --dist loadgroup` one process runs all tests of Ray, on their one cluster, the other one the rest.
+
+    Here, because pytest-xdist looks for groups before any hook of ours on the whole collection.
+    """
+    if item.get_closest_marker("ray"):
+        item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session", autouse=True)
