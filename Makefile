@@ -33,7 +33,7 @@ demo: setup ## train a small model to its end on the text of this Python install
 	@$(BIN)/python jobs/pretrain.py --preset demo
 
 test: setup ## run all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2
 
 check: setup ## format, lint, types and import contracts
 	$(BIN)/ruff format --check .

@@ -26,13 +26,19 @@ def write_corpus(folder: Path, *, files: int = 3, documents: int = 40, longest: 
     return folder
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """With `-n 2 --dist loadgroup` one process runs all tests of Ray, on their one cluster, the other one the rest.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2` one process runs all tests of Ray, on their one cluster, the other one the rest.
 
-    Here, because pytest-xdist looks for groups before any hook of ours on the whole collection.
+    Groups by marker (`--dist loadgroup`) do not work in pytest-xdist 3.8 with pytest 9.2.
     """
-    if item.get_closest_marker("ray"):
-        item.add_marker(pytest.mark.xdist_group("ray"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith("tests/on_ray/") else nodeid
+
+    return RayTogether(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
