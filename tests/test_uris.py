@@ -143,7 +143,7 @@ def test_run_in_an_object_store_goes_on_on_another_machine_and_keeps_no_credenti
     fresh = machine(2, fresh=True)
     open_session(fresh).abort()
     runs = Store.of(fresh.run.storage_path)
-    assert runs.names() == ["d2", "d2.old-1"]
+    assert runs.names() == ["d2", "d2.old-1", "tokenizers", "tokens"]
     assert checkpoint.steps(runs.child("d2.old-1", "checkpoints")) == [4, 2]
     kept = tmp_path / "download"
     for name in everything_in(runs):
