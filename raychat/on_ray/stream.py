@@ -7,6 +7,7 @@ same steps. Read tasks ask for no CPU: on nodes whose CPUs all belong to trainin
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.train import DataConfig
+from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raychat.data.batches import Batch
@@ -126,13 +128,17 @@ def open_dataset(source: PackedRows) -> ray.data.Dataset:
     blocks = -(-(source.span.stop - source.span.first) // source.steps_per_block)
     quiet_ray_data()
     here = ray.get_runtime_context().get_node_id()
-    dataset = ray.data.read_datasource(
-        source,
-        num_cpus=0,
-        concurrency=min(blocks, READ_TASKS_AT_ONCE),
-        override_num_blocks=blocks,
-        ray_remote_args={"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True)},
-    )
+    with (
+        warnings.catch_warnings()
+    ):  # Ray 2.60 has no other place for a node that is preferred, and 2.64 will have none for this
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = ray.data.read_datasource(
+            source,
+            num_cpus=0,
+            concurrency=min(blocks, READ_TASKS_AT_ONCE),
+            override_num_blocks=blocks,
+            ray_remote_args={"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True)},
+        )
     dataset.context.execution_options.preserve_order = True
     return dataset
 

@@ -216,8 +216,8 @@ def test_a_search_makes_full_runs_and_enters_what_came_out(story):
 def test_neither_killed_workers_nor_killed_searches_change_what_comes_out(story):
     _, book = read_book(story.folder)
     assert len(story.events("failure")) >= 1
-    assert (book.started["s-000"], book.started["s-001"]) == (3, 1)
-    for tag, settings in (("s-000", {}), ("s-001", {"matrix_lr": 0.04})):
+    assert (book.started["s-000"], book.started["s-002"]) == (3, 1)
+    for tag, settings in (("s-000", {}), ("s-002", {"matrix_lr": 0.04})):
         alone, outcome = undisturbed(story, tag, **settings), book.done[tag]
         assert outcome.val_bpb == alone.summary.val_bpb
         assert (outcome.tokens, outcome.facts["step"]) == (alone.summary.tokens, STEPS)
