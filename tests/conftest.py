@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3_server import S3Server, s3_server
 
 from raychat.config import Config
 from raychat.training import device
@@ -47,6 +48,15 @@ def one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "local_cores", lambda: 1)
         yield
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    """An S3 server with the buckets `bucket` and `runs`, of one module's own."""
+    with s3_server() as running:
+        for name in ("bucket", "runs"):
+            running.make_bucket(name)
+        yield running
 
 
 @pytest.fixture(scope="session")

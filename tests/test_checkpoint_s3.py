@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from s3_server import CUT, proxy, s3_server
+from s3_server import CUT, proxy
 from saves import equal, meta, train, trained, values
 
 from raychat import storage
@@ -21,13 +21,6 @@ from raychat.storage import Store
 from raychat.training import checkpoint, local_copy, saver
 from raychat.training.saver import Saver
 from raychat.training.world import World
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as running:
-        running.make_bucket("bucket")
-        yield running
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 import torch
 from core_bundles import write_bundle
 from runs import after, open_session, run_here, train_for_others
-from s3_server import s3_server
 
 from raychat.data import chunks
 from raychat.errors import ConfigError, DataError
@@ -26,13 +25,6 @@ TASKS = {"core/choosing", "core/resolving", "core/continuing"}
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     return write_bundle(tmp_path_factory.mktemp("core") / "bundle")
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as running:
-        running.make_bucket("bucket")
-        yield running
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from s3_server import CUT, proxy, s3_server
+from s3_server import CUT, proxy
 
 from raychat.storage import Store
 from raychat.tracking.journal import Journal, read_journal
@@ -16,13 +16,6 @@ from raychat.tracking.segments import join_segments, segment_name, segment_names
 from raychat.training import mirror as module
 from raychat.training.lease import Lease, LeaseError
 from raychat.training.mirror import Mirror
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as running:
-        running.make_bucket("runs")
-        yield running
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from s3_server import CUT, proxy, s3_server
+from s3_server import CUT, proxy
 
 from raychat.storage import Store
 from raychat.tracking.journal import Journal
@@ -169,13 +169,6 @@ def test_a_journal_of_a_newer_format_is_one_message_and_exit_code_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as running:
-        running.make_bucket("runs")
-        yield running
 
 
 def send(run, store, segment_bytes):

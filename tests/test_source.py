@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from runs import run_here
-from s3_server import s3_server
 
 from raychat.errors import CheckpointError, ConfigError, DataError
 from raychat.export.source import find_source
@@ -124,14 +123,6 @@ class TestTokenizer:
     def test_another_tokenizer_is_refused(self, trained):
         with pytest.raises(ConfigError, match="trained with another tokenizer"):
             find_source(**where(trained), tokenizer=str(FIXTURES / "format-1" / "tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def server():
-    """An S3 server with the bucket `bucket`."""
-    with s3_server() as server:
-        server.make_bucket("bucket")
-        yield server
 
 
 def test_run_in_a_bucket_is_found_and_loaded_with_its_tokenizer(server, own_config, tmp_path):

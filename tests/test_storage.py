@@ -6,18 +6,11 @@ import time
 import zlib
 
 import pytest
-from s3_server import CUT, free_port, proxy, s3_server
+from s3_server import CUT, free_port, proxy
 
 from raychat import storage
 from raychat.errors import ConfigError
 from raychat.storage import Store
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as running:
-        running.make_bucket("bucket")
-        yield running
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from s3_server import proxy, s3_server
+from s3_server import proxy
 
 from raychat.config import Config
 from raychat.data import chunks
@@ -12,13 +12,6 @@ from raychat.data.prepare import make_in_process, prepare
 from raychat.data.shards import RowReader, read_manifest
 from raychat.errors import ConfigError, DataError
 from raychat.storage import Store
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as running:
-        running.make_bucket("bucket")
-        yield running
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 from runs import after, open_session, run_here
-from s3_server import s3_server
 
 from raychat.storage import Store
 from raychat.training import checkpoint
@@ -103,13 +102,6 @@ def test_password_of_the_tracking_server_in_the_environment_is_hidden(config, mo
     session.echo(f"API request to https://me:{SECRET}@mlflow.example.org/api/2.0 failed")
     session.abort()
     assert lines[-1] == "API request to https://me:...@mlflow.example.org/api/2.0 failed"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as running:
-        running.make_bucket("runs")
-        yield running
 
 
 def test_fresh_run_begins_anew_though_nothing_of_the_last_one_reached_the_store(config, server, monkeypatch):

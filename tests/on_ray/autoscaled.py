@@ -6,26 +6,17 @@ machines. Ray has the same in `ray.cluster_utils.AutoscalingCluster`, which begi
 
 import contextlib
 import json
-import os
-import shutil
-import signal
 import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ray._raylet import GcsClient
 
-from on_ray.conftest import as_arguments, free_ports, listens
-from raychat.on_ray.processes import children, is_running, kill_tree
+from on_ray.heads import place, started_head
 from raychat.on_ray.raylets import ALIVE, SYSTEM_CONFIG
 
-RAY = Path(sys.executable).with_name("ray")
 HEAD_ID = "f" * 51 + "00000"  # that Ray's fake nodes have for the head
-START_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -51,43 +42,24 @@ class AutoscaledCluster:
 @contextlib.contextmanager
 def autoscaled_cluster(environment: Mapping[str, str], *, most: int, idle_s: float) -> Iterator[AutoscaledCluster]:
     """A head, and up to `most` nodes of one CPU, which go after `idle_s` seconds without work."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # sockets lie there: the names of pytest's folders are too long
-    gcs, dashboard, agent = free_ports(3)
-    address = f"127.0.0.1:{gcs}"
-    (folder / "autoscaling.yaml").write_text(json.dumps(_configuration(address, most=most, idle_s=idle_s)))
-    options = {
-        "port": gcs,
-        "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": agent,
-        "node-ip-address": "127.0.0.1",
-        "temp-dir": folder,
-        "num-cpus": 0,
-        "num-gpus": 0,
-        "object-store-memory": 2**27,
-        "autoscaling-config": folder / "autoscaling.yaml",
-        "system-config": json.dumps(SYSTEM_CONFIG),
-    }
     fake = {
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
-    with (folder / "output").open("w") as output:
-        head = subprocess.Popen(
-            [RAY, "start", "--head", "--block", "--include-dashboard=true", *as_arguments(options)],
-            env=dict(environment) | fake,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        _wait_until_up(head, folder / "output", [dashboard, agent])
-        yield AutoscaledCluster(address, f"http://127.0.0.1:{dashboard}", head, folder)
-    finally:
-        _end(head)
-        shutil.rmtree(folder, ignore_errors=True)
+    with place() as at:
+        file = at.folder / "autoscaling.yaml"
+        file.write_text(json.dumps(_configuration(at.gcs, most=most, idle_s=idle_s)))
+        options = {
+            "num_cpus": 0,
+            "object_store_memory": 2**27,
+            "autoscaling_config": file,
+            "system_config": json.dumps(SYSTEM_CONFIG),
+        }
+        with started_head(at, dict(environment) | fake, **options) as head:
+            yield AutoscaledCluster(at.gcs, at.dashboard, head, at.folder)
 
 
 def _configuration(gcs: str, *, most: int, idle_s: float) -> dict[str, object]:
@@ -122,29 +94,3 @@ def _configuration(gcs: str, *, most: int, idle_s: float) -> dict[str, object]:
             },
         },
     }
-
-
-def _wait_until_up(head: subprocess.Popen, output: Path, ports: list[int]) -> None:
-    deadline = time.monotonic() + START_S
-    while not all(map(listens, ports)):
-        assert head.poll() is None, output.read_text()
-        assert time.monotonic() < deadline, output.read_text()
-        time.sleep(0.2)
-
-
-def _end(head: subprocess.Popen) -> None:
-    """End the head and all that it started: nodes are processes below the autoscaler's, which outlive it."""
-    below = children(head.pid)
-    head.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        head.wait(timeout=30)
-    if head.poll() is None:
-        kill_tree(head.pid)
-        head.wait()
-    for pid in filter(is_running, below):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while left := [pid for pid in below if is_running(pid)]:
-        assert time.monotonic() < deadline, f"processes {left} outlive their cluster"
-        time.sleep(0.1)

@@ -15,7 +15,7 @@ import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from on_ray.autoscaled import AutoscaledCluster, autoscaled_cluster
-from on_ray.conftest import as_arguments
+from on_ray.heads import as_arguments
 from raychat.config import Config
 from raychat.on_ray import driver
 from raychat.on_ray.processes import kill_tree

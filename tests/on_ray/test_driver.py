@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from on_ray.conftest import as_arguments
+from on_ray.heads import as_arguments
 from raychat.config import Config
 from raychat.errors import RaychatError
 from raychat.on_ray import cluster as clusters

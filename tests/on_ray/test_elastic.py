@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from on_ray.conftest import as_arguments
+from on_ray.heads import as_arguments
 from raychat.config import Config
 from raychat.data.order import Order, rank_slice
 from raychat.data.shards import RowReader, read_manifest

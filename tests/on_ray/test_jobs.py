@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from on_ray.conftest import RAY, ROOT, as_arguments
+from on_ray.conftest import ROOT
+from on_ray.heads import RAY, as_arguments
 from raychat.tracking.summary import Summary
 
 pytestmark = pytest.mark.ray

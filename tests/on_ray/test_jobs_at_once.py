@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from on_ray.conftest import RAY, ROOT, as_arguments
+from on_ray.conftest import ROOT
+from on_ray.heads import RAY, as_arguments
 from raychat.config import Config
 from raychat.tracking.journal import read_events, read_journal
 from raychat.tracking.summary import Summary

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from on_ray.conftest import ROOT, as_arguments
+from on_ray.conftest import ROOT
+from on_ray.heads import as_arguments
 from raychat.tracking.summary import Summary
 
 pytestmark = pytest.mark.ray
