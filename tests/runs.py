@@ -10,10 +10,10 @@ from raychat.data.batches import Batch
 from raychat.data.prepare import make_in_process, prepare
 from raychat.tracking.journal import read_journal
 from raychat.tracking.summary import Summary
-from raychat.training.__main__ import read_here
 from raychat.training.build import train
 from raychat.training.events import Event, Line
 from raychat.training.job import BatchPlan
+from raychat.training.reading import read_here
 from raychat.training.session import Session
 from raychat.training.state import Signal
 from raychat.training.world import World

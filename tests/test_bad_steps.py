@@ -16,10 +16,10 @@ from raychat.config import Config
 from raychat.data.batches import Batch, leave_out, left_out
 from raychat.model import GPT
 from raychat.training import checkpoint
-from raychat.training.__main__ import read_here
 from raychat.training.build import Job, train
 from raychat.training.events import Line, Metrics, Note
 from raychat.training.loop import DivergedError
+from raychat.training.reading import read_here
 from raychat.training.world import World
 
 ROWS = 8  # of a global batch of the tiny run

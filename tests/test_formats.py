@@ -23,10 +23,10 @@ from raychat.optim import build_optimizer
 from raychat.tracking.journal import read_events, read_journal
 from raychat.tracking.summary import Summary
 from raychat.training import checkpoint
-from raychat.training.__main__ import read_here
 from raychat.training.build import gpt_config, train
 from raychat.training.device import Resolved
 from raychat.training.loop import LoopState
+from raychat.training.reading import read_here
 from raychat.training.session import Session
 from raychat.training.state import Signal
 from raychat.training.world import World

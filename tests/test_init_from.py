@@ -18,11 +18,11 @@ from raychat.errors import CheckpointError, ConfigError
 from raychat.export.source import find_source
 from raychat.export.write import export
 from raychat.model import GPT
-from raychat.training.__main__ import read_here
 from raychat.training.build import train
 from raychat.training.events import Metrics
 from raychat.training.job import BatchPlan, Job
 from raychat.training.loop import Signal
+from raychat.training.reading import read_here
 from raychat.training.world import World
 
 F32 = torch.float32

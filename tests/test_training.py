@@ -27,12 +27,12 @@ from raychat.planning import recipe
 from raychat.planning.save_interval import MAX_INTERVAL_S, save_interval_s
 from raychat.tracking.journal import read_events
 from raychat.training import checkpoint, saving, scaler
-from raychat.training.__main__ import read_here
 from raychat.training.build import Job, build_model, train
 from raychat.training.device import resolve
 from raychat.training.events import Line, Metrics, Note, Saved
 from raychat.training.lease import LeaseError
 from raychat.training.loop import DivergedError, Signal, Trainer
+from raychat.training.reading import read_here
 from raychat.training.save_clock import SaveClock
 from raychat.training.saver import SaveOutcome, Saver
 from raychat.training.saving import LastSaveError

@@ -188,6 +188,12 @@ class Tokenizer:
         return tokenizer
 
 
+def byte_tokenizer() -> Tokenizer:
+    """The tokenizer without merges: a token a byte."""
+    specials = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
+    return Tokenizer([bytes([value]) for value in range(256)], SPLIT_PATTERN, specials)
+
+
 def train_tokenizer(
     documents: Iterable[str],
     *,

@@ -130,6 +130,14 @@ def flops_per_token(shape: ModelShape) -> int:
     return 6 * linear + attention
 
 
+def causal_flops_per_token(shape: ModelShape) -> float:
+    """As `flops_per_token`, with only the keys that a query really sees, as a mean over the positions of a row."""
+    T = shape.sequence_len
+    seen = [sum(min(i, window) + 1 for i in range(T)) / T for window in shape.windows]
+    windows = sum(12 * shape.n_head * shape.head_dim * window for window in shape.windows)
+    return flops_per_token(shape) - windows + sum(12 * shape.n_head * shape.head_dim * keys for keys in seen)
+
+
 def optimal_batch(tokens_over_reference: float) -> int:
     """Batch in tokens, a power of two: B_ref * (D / D_ref)^0.383 (arXiv:2505.13738)."""
     return 2 ** round(math.log2(REFERENCE_BATCH * tokens_over_reference**BATCH_EXPONENT))

@@ -5,7 +5,6 @@ Rank 0 prepares the data and keeps the run directory. The record is the journal;
 
 import contextlib
 import dataclasses
-import datetime
 import os
 import signal
 import sys
@@ -13,14 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-import torch.distributed as dist
-
 from raychat import cli
 from raychat.config import Config
-from raychat.data.batches import Batch, local_batches
-from raychat.data.order import Order
 from raychat.data.prepare import TokenData, make_in_process, prepare
-from raychat.data.shards import RowReader, needed_manifest
 from raychat.errors import RaychatError
 from raychat.planning import format_plan, make_plan
 from raychat.planning.money import priced
@@ -29,15 +23,14 @@ from raychat.tracking.tracking_uri import default_tracking_uri, store_error
 from raychat.training import device
 from raychat.training.build import train
 from raychat.training.events import Event
-from raychat.training.job import BatchPlan, Job
+from raychat.training.job import Job
 from raychat.training.lease import LeaseLostError
+from raychat.training.reading import read_here
 from raychat.training.rehearsal import Rehearsal, steps_only
 from raychat.training.session import Session
 from raychat.training.state import Signal
 from raychat.training.world import World
 from raychat.uris import public_uri
-
-PREPARE_TIMEOUT = datetime.timedelta(hours=12)  # ranks wait while rank 0 tokenizes a corpus
 
 
 def main(args: list[str]) -> int:
@@ -52,28 +45,8 @@ def main(args: list[str]) -> int:
     # Refuse before anything is prepared.
     asked = steps_only(config) if rehearsing else config
     device.refuse_gpu_sized(asked, device.resolve(config, local_world_size=world.local_world_size))
-    if world.world_size > 1:
-        backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(f"cpu:gloo,cuda:{backend}" if kind == "cuda" else backend, timeout=PREPARE_TIMEOUT)
-    try:
+    with world.process_group(kind):
         return (_rehearse if rehearsing else _run)(config, world, with_gpus=kind == "cuda")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def read_here(plan: BatchPlan) -> Iterator[Batch]:
-    """The batches of `plan`, read from the token shards by this process."""
-    manifest = needed_manifest(plan.tokens_dir)
-    order = Order([shard.rows for shard in manifest.split("train")], seed=plan.seed, lanes=plan.lanes)
-    return local_batches(
-        RowReader(manifest, "train"),
-        order,
-        cursor=plan.cursor,
-        rows_per_batch=plan.rows_per_batch,
-        rank=plan.rank,
-        world_size=plan.world_size,
-    )
 
 
 def _rehearse(config: Config, world: World, *, with_gpus: bool) -> int:

@@ -42,8 +42,8 @@ def train(
     resolved = _agree_on_machine(config, job, world, sink)
     torch.set_num_threads(resolved.threads)
     manifest = needed_manifest(job.tokens_dir)
-    model = build_model(config, resolved, _device(resolved, world))
-    optimizer = _build_optimizer(config, run, model)
+    model = build_model(config, resolved, device_of(resolved, world))
+    optimizer = build_optimizer_of(config, run, model)
     if config.precision.fp8:
         fp8.fp8_training(model, config.precision.fp8_recipe)
 
@@ -254,13 +254,15 @@ def _asked_otherwise(config: Config, stored: Resolved) -> bool:
     )
 
 
-def _device(resolved: Resolved, world: World) -> torch.device:
+def device_of(resolved: Resolved, world: World) -> torch.device:
+    """The device that this rank trains on."""
     if resolved.device_type == "cuda":
         return torch.device("cuda", world.device_index)
     return torch.device(resolved.device_type)
 
 
-def _build_optimizer(config: Config, run: Recipe, model: GPT) -> MuonAdamW:
+def build_optimizer_of(config: Config, run: Recipe, model: GPT) -> MuonAdamW:
+    """The optimizer of a run, with the rates that its batch scales."""
     optim = config.optim
     optimizer = build_optimizer(
         model,

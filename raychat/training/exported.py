@@ -70,8 +70,8 @@ class Exported:
         with self._at_hand() as folder:
             state: dict[str, Tensor] = {}
             for name in self.weights:
-                state |= _tensors(folder / name)
-            _place(state, model, str(self.store))
+                state |= read_tensors(folder / name)
+            fill(state, model, str(self.store))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to it. Raises DataError where there is none."""
@@ -177,8 +177,13 @@ def _facts(found: Any) -> dict[str, Any]:
     return facts
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of one that torch.save wrote, of which nothing but tensors is taken."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or of one that torch.save wrote, of which nothing but tensors is taken.
+
+    Raises:
+        CheckpointError: it holds something else, or is damaged.
+        OSError: it is not there.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -198,7 +203,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _place(state: dict[str, Tensor], model: GPT, place: str) -> None:
+def fill(state: dict[str, Tensor], model: GPT, place: str) -> None:
+    """Put `state`, in the interop names, into `model`; `place` is for messages.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
     state = {name.removeprefix(COMPILED): tensor for name, tensor in state.items()}
     own = model.state_dict()
     wrong = [

@@ -118,7 +118,7 @@ class Trainer:
             waiting = self._serve(asked, self.state)
             if save_due or self.saves.due_at(self.state.step):
                 self.saves.periodic(self.state)
-            asked, save_due = self._train_step()
+            asked, save_due = self.train_step()
             asked = max(waiting, asked)
 
     def _serve(self, asked: Signal, state: LoopState) -> Signal:
@@ -128,7 +128,7 @@ class Trainer:
         self.saves.now(state, must=False)
         return Signal.NONE
 
-    def _train_step(self) -> tuple[Signal, bool]:
+    def train_step(self) -> tuple[Signal, bool]:
         """Train on the next batch; what is asked after it, and whether a periodic save is due by time."""
         start = time.perf_counter()
         batch = next(self.batches)  # a rank that waits for its data is slow too

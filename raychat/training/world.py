@@ -1,12 +1,16 @@
 """Which rank this process is, and the few things that ranks do together. One process needs no process group."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+START_TIMEOUT = timedelta(hours=12)  # of collectives: ranks wait while rank 0 tokenizes a corpus
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,18 @@ class World:
             int(os.environ.get(name, default)) for name, default in zip(names, "0101", strict=True)
         )
         return World(rank, world_size, local_rank, local_world_size, device_index=local_rank)
+
+    @contextmanager
+    def process_group(self, device_type: str) -> Iterator[None]:
+        """The default process group for ranks on such devices, in the block; a single rank needs none."""
+        if self.world_size == 1:
+            yield
+            return
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=START_TIMEOUT)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
     def apart(self, timeout: timedelta) -> "World":
         """The same ranks on a gloo group of their own, for another thread to talk through. Every rank calls this."""
