@@ -7,9 +7,11 @@ import pytest
 
 from raychat.config import Config
 from raychat.errors import ConfigError
+from raychat.evaluation.core.archive import fetched_folder
 from raychat.on_ray import node_checks, node_probe, sizing
 from raychat.on_ray.node_checks import as_error, compare_software, loopback_warnings, off_by, places_of
-from raychat.on_ray.node_probe import DRIVER, Seen, Software, fingerprint, look
+from raychat.on_ray.node_probe import DRIVER, Read, Seen, Software, fingerprint, look
+from raychat.on_ray.node_reads import reads_of
 from raychat.on_ray.nodes import Node
 
 MINE = Software(python="3.11.7", ray="2.60.0", torch="2.13.0", raychat="abc")
@@ -122,6 +124,62 @@ def test_the_places_are_those_that_nodes_use(tmp_path, storage, seen):
     assert places == seen
 
 
+@pytest.fixture
+def base(tmp_path):
+    """A base directory with CORE tasks; beside it, weights, a tokenizer and an archive."""
+    for place in ("base/core_bundle", "base/weights", "weights", "words"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "meta_000001.json").write_text("{}")
+    (tmp_path / "core.zip").write_bytes(b"zip")
+    return tmp_path / "base"
+
+
+URL = "https://user:secret@example.org/core.zip"
+
+
+@pytest.mark.parametrize(
+    ("settings", "read"),
+    [
+        ({}, []),  # CORE tasks in a base directory that all share
+        ({"init_from": "{}/weights"}, ["--init-from {}/weights"]),
+        ({"init_from": "{}/base/weights", "tokenizer": "name"}, []),
+        ({"init_from": "{}/nowhere", "core_bundle": URL}, []),  # the driver says so itself; the driver fetches for all
+        ({"core_bundle": "{}/core.zip", "tokenizer": "{}/words"}, ["--core-bundle {}", "--tokenizer {}/words"]),
+        ({"core_bundle": "{}/core.zip", "core_metric_every": -1}, []),
+        ({"storage_path": "s3://b/x", "tokenizer": "{}/words"}, ["the CORE tasks in {}/base/core_bundle"]),
+        ({"storage_path": "s3://b/x", "core_bundle": URL}, [f"--core-bundle {URL.replace(':secret', '')}"]),
+    ],
+)
+def test_nodes_are_asked_for_what_they_read_besides_the_shared_folders(tmp_path, base, settings, read):
+    given = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in settings.items()}
+    found = reads_of(Config.from_flat({"base_dir": str(base), **given}))
+    assert [f"{one.setting} {one.place}" for one in found] == [text.format(tmp_path) for text in read]
+    assert all("://" in one.address or one.entries for one in found)
+
+
+def test_a_run_that_goes_on_reads_no_initial_weights(tmp_path, base):
+    config = Config.from_flat({"base_dir": str(base), "init_from": str(tmp_path / "weights"), "model_tag": "x"})
+    assert reads_of(config)
+    (config.run_dir / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (config.run_dir / "config.json").write_text("{}")
+    assert not reads_of(config)
+
+
+def test_a_node_says_what_it_cannot_read(tmp_path, base):
+    (same,) = reads_of(Config.from_flat({"base_dir": str(base), "init_from": str(tmp_path / "weights")}))
+    other = dataclasses.replace(same, entries=(("meta_000001.json", 3),))
+    missing = dataclasses.replace(same, entries=(("eval_data", None),))
+    url = Read(setting="--core-bundle", address="http://me:secret@127.0.0.1:9/core.zip?token=t", remedy="")
+    cached = fetched_folder(url.address, tmp_path)
+    cached.mkdir()
+    seen = look("t", "n1", [], [same, other, missing, url, dataclasses.replace(url, cached=str(cached))])
+    assert (seen.unread[0], seen.unread[4]) == ("", "")
+    assert "sees another meta_000001.json there" in seen.unread[1]
+    assert "does not see eval_data" in seen.unread[2]
+    assert "cannot fetch it" in seen.unread[3]
+    assert "secret" not in seen.unread[3] + url.place
+
+
 class Granted:
     """Stands for requests that are all granted at once."""
 
@@ -164,7 +222,7 @@ def test_workers_start_only_when_nodes_are_checked_and_keep_off_those_that_are_u
 
 
 def test_an_outage_of_the_storage_is_an_error_before_training_and_no_reason_to_end_it_later(monkeypatch, tmp_path):
-    def out_of_reach(places, some):
+    def out_of_reach(places, reads, some):
         raise ConfigError("cannot be written to")
 
     monkeypatch.setattr(node_checks, "_Round", out_of_reach)

@@ -1,8 +1,8 @@
 """Checks of the cluster's nodes before they train: each must see the run's folders, and run what the driver runs.
 
-The driver writes a file into each folder, every other node reads it and writes one of its own, and the driver reads that:
-seconds for all nodes together, in tasks that need no CPU. Before training begins a node that does not pass is an error; one
-that joins later is left out.
+The driver writes a file into each folder, every other node reads it and writes one of its own, and the driver reads that.
+What nodes only read must be there as the driver sees it. That takes seconds for all nodes together, in tasks that need no
+CPU. Before training begins a node that does not pass is an error; one that joins later is left out.
 """
 
 import time
@@ -19,7 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.on_ray.crew import last_line
-from raychat.on_ray.node_probe import DRIVER, Seen, Software, clock, look, software
+from raychat.on_ray.node_probe import DRIVER, Read, Seen, Software, clock, look, software
+from raychat.on_ray.node_reads import reads_of
 from raychat.on_ray.nodes import Node, nodes
 from raychat.on_ray.nodes import answers as is_there
 from raychat.storage import Store
@@ -61,7 +62,7 @@ class NodeChecks:
     """Remembers which nodes were checked. The driver's own node counts as sound."""
 
     def __init__(self, config: Config, *, echo: Echo) -> None:
-        self.places, self._echo = places_of(config), echo
+        self.places, self._config, self._echo = places_of(config), config, echo
         self.strict = True
         """whether a node that does not pass is an error, as before training begins; else it is left out"""
         self.unfit: set[str] = set()
@@ -82,16 +83,16 @@ class NodeChecks:
         """
         begun = time.monotonic()
         self.tick(nodes().values())
-        asked = self._round.asked if self._round else {}
+        asked, reads = (self._round.asked, self._round.reads) if self._round else ({}, [])
         while self._round:
             time.sleep(POLL_S)
             self.tick([])
         if asked:
             apart = self._compare_clocks(list(asked.values()))
-            stores = " and ".join(place.store.uri for place in self.places)
+            seen = [*(place.store.uri for place in self.places), *(read.place for read in reads)]
             self._echo(
                 f"{len(asked)} other node{'s' if len(asked) > 1 else ''} checked in {time.monotonic() - begun:.1f}s: "
-                f"{stores} seen by all, the same software, clocks {apart}"
+                f"{' and '.join(seen)} seen by all, the same software, clocks {apart}"
             )
 
     def tick(self, there: Iterable[Node]) -> None:
@@ -110,7 +111,7 @@ class NodeChecks:
 
     def _begin(self, new: list[Node]) -> None:
         try:
-            self._round = _Round(self.places, new)
+            self._round = _Round(self.places, reads_of(self._config), new)
         except ConfigError:
             if self.strict:
                 raise
@@ -154,10 +155,10 @@ class NodeChecks:
 
 
 class _Round:
-    """Several nodes asked at the same time. `asked`: by their ids."""
+    """Several nodes asked at the same time. `asked`: by their ids; `reads`: what they are asked to read."""
 
-    def __init__(self, places: list[Place], some: list[Node]) -> None:
-        self.asked = {node.node_id: node for node in some}
+    def __init__(self, places: list[Place], reads: list[Read], some: list[Node]) -> None:
+        self.reads, self.asked = reads, {node.node_id: node for node in some}
         self.begun_s, self._begun = time.time(), time.monotonic()
         self._token = uuid.uuid4().hex
         self._places, self._folders = places, [place.store.child(FOLDER + self._token) for place in places]
@@ -169,7 +170,7 @@ class _Round:
                 self._tidy()
                 raise ConfigError(f"{place.store.uri} cannot be written to ({error}). {place.remedy}") from error
         addresses = [folder.address for folder in self._folders]
-        self._refs = {_on(node, look).remote(self._token, node.node_id, addresses): node for node in some}
+        self._refs = {_on(node, look).remote(self._token, node.node_id, addresses, reads): node for node in some}
 
     @property
     def over(self) -> bool:
@@ -213,6 +214,9 @@ class _Round:
                 trouble = "" if same else "writes what the driver does not see"
             if trouble:
                 return f"{place.store.uri}: it {trouble}. {place.remedy}"
+        for read, trouble in zip(self.reads, seen.unread, strict=True):
+            if trouble:
+                return f"{read.setting} {read.place}: it {trouble}. {read.remedy}"
         return ""
 
     def _tidy(self) -> None:

@@ -42,8 +42,8 @@ def read_here() -> tuple[str, list[str]]:
     return ray.get_runtime_context().get_node_id(), [row["node"] for row in rows]
 
 
-def checks(base: Path, lines: list[str]) -> NodeChecks:
-    return NodeChecks(Config.from_flat({"base_dir": str(base)}), echo=lines.append)
+def checks(base: Path, lines: list[str], **settings: Any) -> NodeChecks:
+    return NodeChecks(Config.from_flat({"base_dir": str(base), **settings}), echo=lines.append)
 
 
 def awaited(found: NodeChecks, some: list[Any]) -> float:
@@ -62,6 +62,12 @@ def asked(raylets: Raylets, first: Any, shared: Path, own: Path, told: dict[str,
     checks(shared, lines).check_all()
     told["sound"] = lines
     told["shared_is_left"] = shared.exists()
+    (own / "config.json").touch()  # on the driver's node alone
+    try:
+        checks(shared, [], init_from=str(own)).check_all()
+    except RaychatError as error:
+        told["unread"] = str(error)
+    (own / "config.json").unlink()
     told["read"] = ray.get(ray.remote(read_here).options(num_cpus=1).remote())
 
     joined: list[str] = []

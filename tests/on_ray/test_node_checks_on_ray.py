@@ -45,6 +45,11 @@ def test_nodes_that_see_it_pass_in_one_line_and_nothing_is_left(told):
     assert not told["shared_is_left"]
 
 
+def test_initial_weights_that_the_driver_alone_sees_are_an_error_before_training(told):
+    assert "nodes/own: it does not see config.json, which the driver sees there. Any node may be" in told["unread"]
+    assert "--init-from" in told["unread"]
+
+
 def test_nodes_that_join_without_the_folder_are_left_out(told):
     """Workers are not started on them, nor counted on."""
     assert (told["unfit"], told["slots"], told["avoided"]) == (2, 0, True)

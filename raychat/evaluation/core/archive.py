@@ -52,10 +52,14 @@ def unpacked(place: str, cache: Path, echo: Callable[[str], None]) -> Path:
     return _fetched(place, wanted and wanted[1].lower(), cache, echo)
 
 
+def fetched_folder(place: str, cache: Path) -> Path:
+    """Where in `cache` the archive at a URL is unpacked, or will be."""
+    name = PurePosixPath(urlsplit(place).path).name or "bundle"
+    return cache / f"{_stem(name)}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
+
+
 def _fetched(place: str, sha256: str | None, cache: Path, echo: Callable[[str], None]) -> Path:
-    url = place.partition("#")[0]
-    name = PurePosixPath(urlsplit(url).path).name or "bundle"
-    folder = cache / f"{_stem(name)}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
+    url, folder = place.partition("#")[0], fetched_folder(place, cache)
     if folder.is_dir():
         return folder
     archive = folder.with_name(folder.name + ".archive")
