@@ -510,3 +510,12 @@ def test_the_tables_of_a_new_store_are_made_by_one_process_at_a_time(base_dir):
         assert opened.is_alive()
     opened.join(60)
     assert not opened.is_alive()
+
+
+def test_two_runs_that_make_one_experiment_at_the_same_time_share_it(base_dir, client, monkeypatch):
+    uri = default_tracking_uri(base_dir)
+    first = mlflow_delivery._experiment_id(client, uri, "both")
+    found = [None, client.get_experiment_by_name("both")]  # not there yet when it was looked up
+    monkeypatch.setattr(client, "get_experiment_by_name", lambda name: found.pop(0))
+    assert mlflow_delivery._experiment_id(client, uri, "both") == first
+    assert not found

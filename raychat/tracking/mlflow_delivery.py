@@ -78,8 +78,7 @@ class Delivery:
 
     def _connect(self) -> "MlflowClient":
         client = open_client(self.uri)
-        experiment = client.get_experiment_by_name(self.state.experiment)
-        experiment_id = experiment.experiment_id if experiment else _create_experiment(client, self.uri, self.state)
+        experiment_id = _experiment_id(client, self.uri, self.state.experiment)
         if experiment_id != self.state.experiment_id:
             self.file.update(experiment_id=experiment_id)
         run = _living_run(client, self.state.run_id)
@@ -273,13 +272,23 @@ def _prepare_process(uri: str) -> None:
         database.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _create_experiment(client: "MlflowClient", uri: str, state: ShippingState) -> str:
+def _experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
+    """The experiment of this name, which is made where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(name):
+        return found.experiment_id
     location = None  # a server has its own
     if database := sqlite_path(uri):
-        location = (database.parent / "mlartifacts" / re.sub(r"[^\w.-]", "_", state.experiment)).as_uri()
+        location = (database.parent / "mlartifacts" / re.sub(r"[^\w.-]", "_", name)).as_uri()
     # With this tag the pages of the experiment open on its training runs.
     tags = {"mlflow.experimentKind": "custom_model_development"}
-    return client.create_experiment(state.experiment, artifact_location=location, tags=tags)
+    try:
+        return client.create_experiment(name, artifact_location=location, tags=tags)
+    except MlflowException:
+        if found := client.get_experiment_by_name(name):  # another run was quicker
+            return found.experiment_id
+        raise
 
 
 def _living_run(client: "MlflowClient", run_id: str | None) -> "Run | None":
