@@ -12,7 +12,11 @@ SSH = 22
 LEAST_DISK_GB = 100  # torch with CUDA, the corpus, spilled objects
 LONGEST_IDLE_MIN = 30
 GRACE_MARGIN_S = 20
-GKE_SPOT_S = 15  # that Google leaves the pods of a spot machine
+# What the kubelet of a spot machine leaves its pods, of the 30 s that Google gives; a node pool may be told to give more
+# (https://docs.cloud.google.com/kubernetes-engine/docs/concepts/spot-vms).
+GKE_SPOT_S = 15
+KUBERAY_METRICS_PORT = 8080  # unless rayStartParams say otherwise
+KUBERAY_LABELS = {"ray.io/is-ray-node": "yes", "ray.io/cluster": None, "ray.io/node-type": None, "ray.io/group": None}
 
 # Fields of Google's `instances.insert` that the launcher file uses, with theirs: another one is a typing error or needs a look
 # at https://cloud.google.com/compute/docs/reference/rest/v1/instances/insert before it is added here.
@@ -205,6 +209,8 @@ def pod_problems(name: str, pod: Json) -> Iterator[str]:
         yield f"{name}: Ray is killed before its drain window has passed"
     if _is_on_spot(pod) and sleep + window > GKE_SPOT_S:
         yield f"{name}: the pod has {GKE_SPOT_S} s, and would be told of more"
+    if pod.get("restartPolicy") != "Never":
+        yield f"{name}: a node that left Ray comes back under its pod, which the autoscaler then ends"
     watchers = [
         c.get("command", []) for c in pod["containers"] if "raychat.on_ray.node_watcher" in c.get("command", [])
     ]
@@ -266,3 +272,24 @@ def cluster_problems(spec: Json) -> list[str]:
     if secrets:
         problems.append(f"secrets in the manifest: {secrets}")
     return problems
+
+
+def monitor_problems(monitor: Json, spec: Json) -> Iterator[str]:
+    """A PodMonitor against the RayCluster's spec: it finds every pod, and the port on which Ray serves there."""
+    selected = monitor["spec"]["selector"]
+    if set(selected) != {"matchLabels"}:
+        yield f"it selects by {', '.join(selected)}, which is not checked"
+    for label, value in selected.get("matchLabels", {}).items():
+        if KUBERAY_LABELS.get(label) != value:
+            yield f"not every pod of Ray has the label {label}: {value}"
+    for label in monitor["spec"].get("podTargetLabels", []):
+        if label not in KUBERAY_LABELS:
+            yield f"pods of Ray have no label {label}"
+    wanted = {endpoint.get("port") for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        name, served = group.get("groupName", "head"), group["rayStartParams"].get("metrics-export-port")
+        ports = {
+            port["name"]: port["containerPort"] for port in group["template"]["spec"]["containers"][0].get("ports", [])
+        }
+        if [ports.get(port) for port in wanted] != [int(served or KUBERAY_METRICS_PORT)]:
+            yield f"{name}: Ray serves its metrics on another port than the monitor asks"

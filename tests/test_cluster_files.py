@@ -287,6 +287,7 @@ def test_errors_planted_in_the_cluster_are_found():
         lambda spec, group, pod: pod["containers"][0]["lifecycle"]["preStop"]["exec"].update(command=["sleep", "90"]),
         "15 s",
     )
+    planted(lambda spec, group, pod: pod.pop("restartPolicy"), "comes back")
     planted(lambda spec, group, pod: pod["containers"].pop(), "watcher")
     planted(lambda spec, group, pod: pod["volumes"][1]["emptyDir"].pop("medium"), "/dev/shm")
     planted(lambda spec, group, pod: pod["tolerations"].pop(1), "taints")
@@ -297,6 +298,24 @@ def test_errors_planted_in_the_cluster_are_found():
         lambda spec, group, pod: pod["containers"][0]["env"].append({"name": "AWS_SECRET_KEY", "value": "x"}), "secrets"
     )
     planted(lambda spec, group, pod: pod["containers"][0].update(image="other"), "several images")
+
+
+def test_the_monitor_finds_every_pod_and_the_port_of_its_metrics():
+    monitor, spec = read("kuberay/podmonitor.yaml"), read("kuberay/raycluster.yaml")["spec"]
+    assert (monitor["apiVersion"], monitor["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
+    assert monitor["spec"].keys() == {"selector", "podTargetLabels", "podMetricsEndpoints"}
+    assert all(endpoint.keys() == {"port", "interval"} for endpoint in monitor["spec"]["podMetricsEndpoints"])
+    assert list(checks.monitor_problems(monitor, spec)) == []
+    for change, found in (
+        (lambda spec, pods: spec["workerGroupSpecs"][1]["rayStartParams"].update({"metrics-export-port": "9"}), "l4-on-dem"),
+        (lambda spec, pods: spec["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"].pop(), "head"),
+        (lambda spec, pods: pods["podMetricsEndpoints"][0].update(port="metric"), "h100-spot"),
+        (lambda spec, pods: pods["selector"]["matchLabels"].update({"ray.io/cluster": "raychat"}), "ray.io/cluster"),
+        (lambda spec, pods: pods["podTargetLabels"].append("ray.io/clusters"), "no label ray.io/clusters"),
+    ):  # fmt: skip
+        planted_in, planted = json.loads(json.dumps(spec)), json.loads(json.dumps(monitor))
+        change(planted_in, planted["spec"])
+        assert any(found in problem for problem in checks.monitor_problems(planted, planted_in)), found
 
 
 # Shell and image

@@ -42,7 +42,7 @@ def test_the_readme_names_files_that_are_there():
     text = (CLUSTER / "README.md").read_text()
     for name in set(re.findall(r"\bcluster/[\w./-]+\w", text)) - {"cluster/node.sh"}:
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"\]\(([^)#:]+)", text):
+    for name in re.findall(r"\]\((?!https://)([^)#:]+)", text):
         assert (CLUSTER / name).resolve().exists(), name
     for used in re.findall(r"node\.sh (\w+)", text):
         assert re.search(rf"(?m)^  {used}\)", NODE_SH.read_text()), used
