@@ -1,6 +1,8 @@
 """Tokenizers and token shards in an object store: made once for all nodes, and read by ranges."""
 
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -52,6 +54,28 @@ def test_another_machine_finds_all_of_it_and_makes_nothing(remote, server, tiny_
     assert not (config.base_dir / "tokens").exists()
     assert any(line.startswith("tokenizer: from s3://") for line in lines)
     assert "hidden" not in "".join(lines) + repr(data)
+
+
+@pytest.mark.parametrize("packing", ["keep", "auto"])
+def test_a_run_goes_on_where_its_corpus_is_not(packing, server, tiny_config, corpus_dir, tmp_path):
+    """As long as its settings ask for the same text; a run that begins needs the files, and so does another corpus."""
+    corpus = shutil.copytree(corpus_dir, tmp_path / "corpus")
+    settings = {"storage_path": server.uri(f"bucket/{packing}"), "packing": packing, "corpus": str(corpus)}
+    begun = tiny_config(**settings)
+    first = prepared(begun)
+    run = Store.of(begun.run_uri)
+    facts = {"config": begun.public(), "data_fingerprint": first.manifest.fingerprint, "corpus_files": 2}
+    run.write_bytes("config.json", json.dumps(facts).encode())
+    run.child("checkpoints").write_bytes("step_00000002/meta.json", b"{}")
+    shutil.rmtree(corpus)
+    elsewhere, lines = settings | {"base_dir": str(tmp_path / "elsewhere")}, []
+    again = prepared(tiny_config(**elsewhere), lines.append)
+    assert (again.manifest, again.shared_tokenizer) == (first.manifest, first.shared_tokenizer)
+    assert (again.corpus.name, again.corpus_files) == ("corpus", first.corpus_files)
+    assert any("as the run began with it" in line for line in lines)
+    for other in ({"model_tag": "new"}, {"vocab_size": 310}, {"fresh": True}):
+        with pytest.raises(DataError, match="there is no "):
+            prepared(tiny_config(**elsewhere, **other))
 
 
 def test_rows_are_those_of_a_folder(remote, local, node):

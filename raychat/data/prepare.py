@@ -26,6 +26,7 @@ from raychat.data.shards import (
     fingerprint,
     finished,
     make_shard,
+    read_corpus,
     read_manifest,
     shard_tasks,
     write_manifest,
@@ -42,6 +43,7 @@ from raychat.planning.requests import (
     corpus_name,
     files_wanted,
     request_of,
+    same_data,
     write_record,
 )
 from raychat.planning.text import (
@@ -107,6 +109,21 @@ def _open_corpus(config: Config, run: dict[str, Any] | None, *, with_gpus: bool,
         tokens_needed=recipe(config).tokens,
         echo=echo,
     )
+
+
+def _known_corpus(config: Config, run: dict[str, Any] | None, *, echo: Callable[[str], None]) -> Corpus | None:
+    """The corpus of a run that goes on in an object store, as it is written down beside the token shards there.
+
+    Its files may be on a machine that is gone; of `climbmix`, all would be downloaded again.
+    """
+    store = shared_store(config)
+    if store is None or run is None or not same_data(config, run):
+        return None
+    place = store.child(TOKENS, str(run.get("data_fingerprint")))
+    found = read_corpus(place)
+    if found is not None:
+        echo(f"corpus {found.name}: as the run began with it, from its token shards in {place}")
+    return found
 
 
 def run_begun(config: Config) -> dict[str, Any] | None:
@@ -193,22 +210,19 @@ def tokenizer_folder(config: Config, corpus: Corpus) -> Path:
     return config.base_dir / TOKENIZERS / f"{name}-{config.model.vocab_size}-{digest}"
 
 
-def choose_packing(
-    config: Config,
-    run: dict[str, Any] | None,
-    fingerprints: dict[Packing, str],
-    sample: Sample,
-    *,
-    echo: Callable[[str], None],
-) -> Packing:
-    """What `--packing auto` is: what `run` began with, else best-fit if `sample` says that it outlasts the horizon.
-
-    `fingerprints` are those of the data with each packing.
-    """
+def packing_begun(
+    config: Config, run: dict[str, Any] | None, fingerprints: dict[Packing, str], *, echo: Callable[[str], None]
+) -> Packing | None:
+    """The packing that `run` began with; `fingerprints` are those of the data with each packing."""
     for packing, mark in fingerprints.items():
         if run and mark == run.get("data_fingerprint"):
             echo(f"packing: {packing}, with which the run {config.run_dir} began")
             return packing
+    return None
+
+
+def choose_packing(config: Config, sample: Sample, *, echo: Callable[[str], None]) -> Packing:
+    """What `--packing auto` is for a run that begins: best-fit if `sample` says that it outlasts the horizon."""
     seq_len, needed = config.model.max_seq_len, recipe(config).tokens
     share = sample.best_fit_share[str(seq_len)]
     delivered = packed_tokens(sample.corpus_tokens, share, seq_len)
@@ -256,18 +270,20 @@ def prepare(config: Config, *, with_gpus: bool, maker: Maker, echo: Callable[[st
     """
     check_writable(config.base_dir)
     run = run_begun(config)
-    corpus = _open_corpus(config, run, with_gpus=with_gpus, echo=echo)
+    corpus = _known_corpus(config, run, echo=echo) or _open_corpus(config, run, with_gpus=with_gpus, echo=echo)
     tokenizer_dir = ensure_tokenizer(config, corpus, echo=echo)
     tokenizer = Tokenizer.load(tokenizer_dir)
     seq_len = config.model.max_seq_len
     specs = {packing: _spec(packing, corpus, tokenizer, seq_len) for packing in PACKINGS}
     fingerprints = {packing: fingerprint(spec, corpus) for packing, spec in specs.items()}
+    store = shared_store(config)
     packing, sample = config.data.packing, None
     if packing == "auto":
-        sample = sample_text(corpus, tokenizer, seq_len)
-        packing = choose_packing(config, run, fingerprints, sample, echo=echo)
+        before = packing_begun(config, run, fingerprints, echo=echo)
+        if before is None or store is None:  # on a disk, the record takes the sample
+            sample = sample_text(corpus, tokenizer, seq_len)
+        packing = before or choose_packing(config, sample, echo=echo)
     spec, mark = specs[packing], fingerprints[packing]
-    store = shared_store(config)
     place = (store or Store.of(config.base_dir)).child(TOKENS, mark)
     shared = share_tokenizer(tokenizer, tokenizer_dir, store) if store else ""
     manifest = read_manifest(place)

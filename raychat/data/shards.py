@@ -113,14 +113,11 @@ class Manifest:
 def fingerprint(spec: ShardSpec, corpus: Corpus) -> str:
     """16 hex digits that stand for the rows: the spec, and name, size and signature of every file. Paths do not count."""
 
-    def listed(sources: tuple[Source, ...]) -> list[list[Any]]:
-        return [[source.name, source.size, source.signature] for source in sources]
-
     content = {
         "format": FORMAT,
         "spec": dataclasses.asdict(spec),
-        "train": listed(corpus.train),
-        "val": listed(corpus.val),
+        "train": _listed(corpus.train),
+        "val": _listed(corpus.val),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -214,7 +211,8 @@ def write_manifest(
         "fingerprint": fingerprint,
         "spec": dataclasses.asdict(spec),
         "corpus": corpus.name,
-        "sources": [source.name for source in (*corpus.train, *corpus.val)],
+        "train": _listed(corpus.train),
+        "val": _listed(corpus.val),
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
     store = Store.of(place)
@@ -253,6 +251,25 @@ def read_manifest(place: Path | Store | str) -> Manifest | None:
                 f"Token shard {store}/{shard.file} {found}: delete {store}/{MANIFEST}, and what is damaged is made again."
             )
     return Manifest(store=store, fingerprint=content["fingerprint"], spec=spec, shards=shards)
+
+
+def read_corpus(place: Path | Store | str) -> Corpus | None:
+    """The corpus whose shards are in a folder or at an address, with names in the place of paths.
+
+    None where there is no manifest, or one of an earlier version, which does not tell.
+
+    Raises:
+        OSError: the store does not answer.
+    """
+    try:
+        content = json.loads(Store.of(place).read_bytes(MANIFEST))
+        train, val = (
+            tuple(Source(path=name, name=name, size=size, signature=mark) for name, size, mark in content[split])
+            for split in ("train", "val")
+        )
+        return Corpus(name=content["corpus"], train=train, val=val, text_column=content["spec"]["text_column"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def needed_manifest(place: Path | Store | str) -> Manifest:
@@ -359,3 +376,7 @@ def _tokenizer(folder: str, sha256: str) -> Tokenizer:
             f"The tokenizer in {Store.of(folder)} changed while its corpus was being tokenized: start again."
         )
     return tokenizer
+
+
+def _listed(sources: tuple[Source, ...]) -> list[list[Any]]:
+    return [[source.name, source.size, source.signature] for source in sources]

@@ -20,6 +20,19 @@ from raychat.planning.text import CLIMBMIX_SHARDS, PACKINGS, Packing, climbmix_f
 from raychat.uris import public_uri
 
 FORMAT = 1
+DECISIVE = (
+    "corpus",
+    "val_corpus",
+    "text_column",
+    "num_data_shards",
+    "tokenizer",
+    "vocab_size",
+    "tok_max_chars",
+    "tok_doc_cap",
+    "max_seq_len",
+    "packing",
+)
+"""settings that decide which rows a run reads"""
 
 # (name, bytes, modification time in ns; -1 where the file is not local)
 FileMark = tuple[str, int, int]
@@ -165,26 +178,19 @@ def find_records(base_dir: Path, request: dict[str, Any]) -> list[Prepared]:
     return [record for record in found if record is not None]
 
 
+def same_data(config: Config, run: dict[str, Any]) -> bool:
+    """Whether the data settings with which `run` (its config.json) began are still those of `config`."""
+    now, then = config.public(), run["config"]
+    return all(then.get(name) == now[name] for name in DECISIVE)
+
+
 def record_of_run(config: Config, run: dict[str, Any]) -> Prepared | None:
     """The manifest that `run` (as `begun` gives it) began with, where its data settings are still those of `config`.
 
     For token shards that an earlier version made, which left no record; nothing is known of their files.
     """
-    now, then = config.public(), run["config"]
-    decisive = (
-        "corpus",
-        "val_corpus",
-        "text_column",
-        "num_data_shards",
-        "tokenizer",
-        "vocab_size",
-        "tok_max_chars",
-        "tok_doc_cap",
-        "max_seq_len",
-        "packing",
-    )
     manifest = _read_json(config.base_dir / "tokens" / str(run.get("data_fingerprint")) / "manifest.json")
-    if manifest is None or any(then.get(name) != now[name] for name in decisive):
+    if manifest is None or not same_data(config, run):
         return None
     try:
         totals = {split: _totals(manifest["shards"], split) for split in ("train", "val")}
