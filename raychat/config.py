@@ -171,6 +171,9 @@ class PrecisionSettings:
     """scaling of the 8-bit floats: tensorwise is faster, rowwise more accurate"""
     loss: Literal["auto", "full", "chunked"] = "auto"
     """cross entropy over all logits at once, or in chunks that need less memory; auto: chunked on a CPU"""
+    attention: Literal["auto", "sdpa", "flash", "varlen", "flex"] = "auto"
+    """attention back-end: torch's own, flash attention of any version, torch's packed rows, FlexAttention; auto: the fastest
+    of those that work, timed on the GPU at the start of the first run of its kind"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on with CUDA"""
     grad_checkpoint: bool = False

@@ -20,7 +20,7 @@ PERMISSION = (
 )
 FREE = (
     "run model_tag preset base_dir storage_path log_every resume_from_step fresh allow_config_change force tracking_uri "
-    "experiment upload_checkpoint dry_run device_type loss compile device_batch_size eval_every eval_tokens "
+    "experiment upload_checkpoint dry_run device_type loss attention compile device_batch_size eval_every eval_tokens "
     "core_metric_every core_metric_max_per_task sample_every save_every keep_checkpoints address num_workers min_workers "
     "threads core_bundle eval_workers "
     "max_failures max_preemptions max_wait on_event save_mode on_bad_step price_per_hour budget_usd max_hours "

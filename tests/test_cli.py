@@ -45,6 +45,7 @@ FLAGS = {
     "fp8": False,
     "fp8_recipe": "tensorwise",
     "loss": "auto",
+    "attention": "auto",
     "compile": "auto",
     "grad_checkpoint": False,
     "num_iterations": -1,

@@ -3,14 +3,15 @@
 Every back-end computes the same function: query i sees the keys j with `0 <= i - j <= window`.
 """
 
-import functools
-import importlib
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from raychat.errors import ConfigError
+from raychat.model import attention_kernels
 
 BLOCK = 128  # queries per block of the band: larger wastes masked work, smaller wastes calls
 
@@ -24,11 +25,13 @@ def attend(
 ) -> Float[Tensor, "B T H D"]:
     """Softmax attention of every query over itself and the `window` positions left of it (None: all of them).
 
-    The scale is 1/sqrt(D). Hkv divides H: consecutive query heads share a key head. `backend` is a key of BACKENDS.
+    The scale is 1/sqrt(D). Hkv divides H: consecutive query heads share a key head. `backend` is a key of BACKENDS, or two
+    of them as `a+b`: a for full context, b for windows.
     """
     if window is not None and window >= q.size(1) - 1:
         window = None  # the window reaches the first position of every row
-    return BACKENDS[backend](q, k, v, window)
+    full, windowed = parts(backend)
+    return BACKENDS[full if window is None else windowed](q, k, v, window)
 
 
 def attend_seen(
@@ -50,18 +53,64 @@ def attend_seen(
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The fastest back-end that works for `dtype` on `device`, and the reason in words (for the log)."""
+    """What suits passes of any length on `device`, by a rule, and the reason in words (for the log).
+
+    The rule knows flash attention and SDPA. For the passes of a run there may be better: `training.attention_choice`.
+    """
     if device.type != "cuda":
         return "sdpa", f"flash attention needs CUDA, the device is {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "sdpa", f"flash attention takes bfloat16 and float16, the compute dtype is {dtype}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return "sdpa", f"flash attention needs compute capability 8.0, the device has {major}.{minor}"
-    kernel = _flash_kernel(major)
-    if kernel is None:
-        return "sdpa", "flash-attn is not installed (pip install 'raychat[gpu]')"
-    return "flash", f"{kernel.__module__} on compute capability {major}.{minor}"
+    major = torch.cuda.get_device_capability(device)[0]
+    names = ["flash4", "flash2"] if major >= 10 else ["flash3", "flash2"] if major == 9 else ["flash2"]
+    refused = refusals(names, device, dtype)
+    for name in names:
+        if name not in refused:
+            return name, f"version {attention_kernels.version(name)} is installed"
+    return "sdpa", in_words(refused)
+
+
+def refusals(names: Iterable[str], device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Which of the back-ends `names` cannot train in `dtype` on `device`, and why."""
+    reasons: dict[str, str | None] = {}
+    for name in names:
+        if name not in BACKENDS:
+            reasons[name] = "unknown"
+        elif name != "sdpa":
+            reasons[name] = attention_kernels.why_not(name, device, dtype)
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def in_words(reasons: Mapping[str, str]) -> str:
+    """`a, b: why; c: why`."""
+    return "; ".join(
+        f"{', '.join(name for name, why in reasons.items() if why == reason)}: {reason}"
+        for reason in dict.fromkeys(reasons.values())
+    )
+
+
+def prepare(backend: str, device: torch.device, *, T: int, windows: set[int | None]) -> None:
+    """Import and make what `backend` needs, before anything is compiled. Raises ConfigError when it is not there."""
+    for name in parts(backend):
+        if name != "sdpa":
+            try:
+                attention_kernels.prepare(name, device, T=T, windows=windows)
+            except ConfigError as error:
+                raise ConfigError(f"Attention back-end {name} is not on this machine: {error}.") from error
+
+
+def admitted(asked: str) -> list[str]:
+    """The back-ends that `--attention` lets a run choose from: all, or those whose name begins with it."""
+    return [name for name in BACKENDS if asked == "auto" or name.startswith(asked)]
+
+
+def admits(asked: str, backend: str) -> bool:
+    """Whether `backend` is what `--attention` asks for."""
+    return all(part in admitted(asked) for part in parts(backend))
+
+
+def parts(backend: str) -> tuple[str, str]:
+    """The keys of BACKENDS that compute full context and windows in `backend`: `a`, or `a+b`."""
+    full, _, windowed = backend.partition("+")
+    return full, windowed or full
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -103,24 +152,10 @@ def _band_mask(reach: int, window: int, device: torch.device) -> Bool[Tensor, "q
     return (lag >= 0) & (lag <= window)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    major, _ = torch.cuda.get_device_capability(q.device)
-    kernel = _flash_kernel(major)
-    if kernel is None:
-        raise RuntimeError("attention back-end flash: flash-attn is not installed; choose_backend says what is")
-    y = kernel(q, k, v, causal=True, window_size=(-1 if window is None else window, 0))
-    return y[0] if isinstance(y, tuple) else y  # some releases of version 3 return the log-sum-exp too
+def _flex(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    if torch.is_grad_enabled():
+        return attention_kernels.flex(q, k, v, window)
+    return _sdpa(q, k, v, window)  # passes without gradients have many lengths, and flex is compiled again for each
 
 
-@functools.cache
-def _flash_kernel(major: int) -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
-    """`flash_attn_func` of flash-attn 3 (compute capability 9 only) or 2; None where neither can be imported."""
-    for package in ("flash_attn_interface", "flash_attn") if major == 9 else ("flash_attn",):
-        try:
-            return importlib.import_module(package).flash_attn_func
-        except ImportError:
-            continue
-    return None
-
-
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, int | None], Tensor]] = {"sdpa": _sdpa, "flash": _flash}
+BACKENDS: dict[str, attention_kernels.Kernel] = {**attention_kernels.KERNELS, "flex": _flex, "sdpa": _sdpa}

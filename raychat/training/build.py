@@ -11,11 +11,12 @@ from raychat.data.batches import Batch, leave_out, left_out, validation_passes, 
 from raychat.data.order import lanes_for
 from raychat.data.shards import Manifest, RowReader, needed_manifest
 from raychat.data.tokenizer import TOKENIZER_FOLDER, Tokenizer
-from raychat.model import GPT, GPTConfig, fp8
+from raychat.model import GPT, GPTConfig, attention, fp8
 from raychat.optim import MuonAdamW, build_optimizer
 from raychat.planning import Recipe, model_shape, param_counts, recipe
 from raychat.storage import Store
 from raychat.training import checkpoint
+from raychat.training.attention_choice import with_attention
 from raychat.training.device import Resolved, device_type, resolve
 from raychat.training.events import Line, Note, Sink
 from raychat.training.fence import Fence
@@ -190,6 +191,7 @@ def build_model(config: Config, resolved: Resolved, device: torch.device) -> GPT
     model.loss_impl = resolved.loss
     model.attention_backend = resolved.attention
     model.grad_checkpoint = config.precision.grad_checkpoint
+    attention.prepare(resolved.attention, device, T=config.model.max_seq_len, windows=set(model.config.windows()))
     return model
 
 
@@ -220,11 +222,8 @@ def describe(
         f"horizon: {run.num_iterations:,} iterations, {run.tokens:,} tokens ({ratio:.1f} per scaling parameter), "
         f"{run.flops:.3g} FLOPs, {run.num_iterations * rows / train_rows:.2f} epochs of {train_rows:,} rows",
     ]
-    windows = "S" in config.model.window_pattern.upper()
-    if windows and resolved.attention == "sdpa" and resolved.device_type == "cuda":
-        lines.append(
-            "warning: without flash attention, sliding windows are slow: install raychat[gpu], or use --window-pattern L"
-        )
+    if resolved.attention_warning:
+        lines.append(f"warning: {resolved.attention_warning}")
     if resolved.device_type == "mps":
         lines.append("warning: training on mps is untested")
     if state.step:
@@ -235,13 +234,27 @@ def describe(
 def _agree_on_machine(config: Config, job: Job, world: World, sink: Sink) -> Resolved:
     """Rank 0's choices, for all ranks; those of the checkpoint when it was written on the same hardware."""
     mine = resolve(config, local_world_size=world.local_world_size)
-    if world.rank == 0 and job.checkpoint:
-        stored = Resolved(**checkpoint.read_meta(job.checkpoint)["resolved"])
-        if stored.hardware != mine.hardware:
-            sink(Line(f"hardware changed from {stored.hardware} to {mine.hardware}: choices are made anew"))
-        elif not _asked_otherwise(config, stored):
-            mine = stored
+    if world.rank == 0:
+        kept, device = _kept(config, job, mine, sink), device_of(mine, world)
+        mine = kept or mine
+        gone = attention.refusals(attention.parts(mine.attention), device, mine.torch_dtype)
+        if gone:
+            why = attention.in_words(gone)
+            sink(Line(f"the checkpoint was trained with attention {mine.attention} ({why}): it is chosen anew"))
+        if gone or not kept:
+            mine = with_attention(mine, config, device, lambda line: sink(Line(line)))
     return world.broadcast(mine)
+
+
+def _kept(config: Config, job: Job, mine: Resolved, sink: Sink) -> Resolved | None:
+    """The choices of the checkpoint, if there is one from the same hardware and nothing else is asked for now."""
+    if not job.checkpoint:
+        return None
+    stored = Resolved(**checkpoint.read_meta(job.checkpoint)["resolved"])
+    if stored.hardware != mine.hardware:
+        sink(Line(f"hardware changed from {stored.hardware} to {mine.hardware}: choices are made anew"))
+        return None
+    return None if _asked_otherwise(config, stored) else stored
 
 
 def _asked_otherwise(config: Config, stored: Resolved) -> bool:
@@ -251,6 +264,7 @@ def _asked_otherwise(config: Config, stored: Resolved) -> bool:
         asked.dtype not in ("auto", stored.dtype)
         or asked.loss not in ("auto", stored.loss)
         or asked.compile not in ("auto", "on" if stored.compile else "off")
+        or (asked.attention != "auto" and not attention.admits(asked.attention, stored.attention))
     )
 
 

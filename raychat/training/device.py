@@ -32,6 +32,7 @@ class Resolved:
     loss: str
     compile: bool
     threads: int
+    attention_warning: str = ""
 
     @property
     def peak(self) -> DevicePeak | None:
@@ -58,6 +59,8 @@ def device_type(requested: str) -> str:
 def resolve(config: Config, *, local_world_size: int) -> Resolved:
     """Decide what `config` leaves open, on this machine with this many ranks.
 
+    Attention is chosen by a rule; `attention_choice.with_attention` puts what is fastest on a GPU in its place.
+
     Raises:
         ConfigError: for a device or precision that this machine does not have.
     """
@@ -67,7 +70,7 @@ def resolve(config: Config, *, local_world_size: int) -> Resolved:
     dtype, reason = _dtype(precision.dtype, kind)
     if precision.fp8 and (problem := fp8.fp8_capable(torch.device(kind))):
         raise ConfigError(f"--fp8: {problem}. Leave --fp8 out.")
-    backend, backend_reason = attention.choose_backend(torch.device(kind), DTYPES[dtype])
+    backend, backend_reason = _attention(precision.attention, torch.device(kind), DTYPES[dtype])
     asked = config.cluster.threads
     threads = asked if asked != -1 else max(1, local_cores() // local_world_size)
     return Resolved(
@@ -105,6 +108,17 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource  # not on every system, and only asked at the end
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _attention(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    if asked == "auto":
+        return attention.choose_backend(device, dtype)
+    names = attention.admitted(asked)
+    refused = attention.refusals(names, device, dtype)
+    for name in names:
+        if name not in refused:
+            return name, "asked for"
+    raise ConfigError(f"--attention {asked}: {attention.in_words(refused)}. Use --attention auto.")
 
 
 def _dtype(requested: str, kind: str) -> tuple[str, str]:
