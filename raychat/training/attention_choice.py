@@ -31,7 +31,7 @@ FOLDER = "attention"  # below the base directory
 MOST_TOKENS = 2**15  # of a timed pass: enough to fill a GPU, little beside the model's own memory
 SERIES_S = 0.005  # of calls that are timed together, after the pass that compiles
 MIXED_GAIN = 0.03  # two kernels must save this share over one: they take two compilations and twice the code
-TOLERANCE = 0.02  # of the norm of output and gradients; rounding to bfloat16 makes 0.005
+TOLERANCE = 0.01  # of the norm of output and gradients: bfloat16 rounds by 0.005, one key too many among 1,024 makes 0.012
 
 
 @dataclass(frozen=True, kw_only=True)
