@@ -149,6 +149,7 @@ def test_one_kind_may_be_asked_for(gpu, tmp_path):
 def test_a_kind_that_raises_here_is_refused_with_its_reason(gpu, tmp_path):
     with pytest.raises(ConfigError, match=r"--attention varlen: .*full context.*no kernel image.*--attention auto"):
         choose(tmp_path, Clock(sdpa=(1, 1)), attention="varlen")
+    assert choose(tmp_path, Clock(varlen=(1, 1)), attention="varlen").attention == "varlen"  # it is tried again
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ FOLDER = "attention"  # below the base directory
 MOST_TOKENS = 2**15  # of a timed pass: enough to fill a GPU, little beside the model's own memory
 SERIES_S = 0.005  # of calls that are timed together, after the pass that compiles
 MIXED_GAIN = 0.03  # two kernels must save this share over one: they take two compilations and twice the code
-TOLERANCE = 0.01  # of the norm of output and gradients: bfloat16 rounds by 0.005, one key too many among 1,024 makes 0.012
+TOLERANCE = 0.01  # of the norm of output and gradients: bfloat16 makes 0.005, a key too many among 1,024 0.012
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +191,9 @@ def remembered(folder: Path, key: dict[str, Any], measure: Callable[[], Timings]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         echo(f"warning: {path} cannot be read, so attention is timed again: {error!r}")
     timings = measure()
-    if any("out of memory" in reason for reason in timings.left_out.values()):
-        return timings  # others were on the device: it may be free next time
+    full = any("out of memory" in reason for reason in timings.left_out.values())  # of others: it may be free next time
+    if full or not all(timings.seconds.values()):
+        return timings
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"key": plain, **_plain(timings)})
