@@ -13,6 +13,7 @@ from raychat.model import GPT, GPTConfig
 from raychat.optim import MuonAdamW, build_optimizer
 from raychat.optim.exchange import Scatter
 from raychat.optim.groups import group_of, parameter_groups
+from raychat.optim.sharded import square_sum
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=100, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="L")
 RATES = {"embedding_lr": 0.03, "unembedding_lr": 0.0008, "matrix_lr": 0.002, "scalar_lr": 0.05, "weight_decay": 0.28}
@@ -210,6 +211,16 @@ def test_a_missing_gradient_counts_as_zero():
         optimizer.step()
         results.append(model.state_dict())
     assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
+
+
+def test_the_norm_is_exact_wherever_ranks_cut():
+    """Float32 over whole tensors is off by 1e-4; rows of float32 added up in float64 are not."""
+    values = torch.randn(300_001, generator=torch.Generator().manual_seed(0)) + 1
+    exact = values.double().square().sum()
+    for cut in (0, 1, 4096, 123_456, 300_001):
+        found = square_sum([values[:cut], values[cut:]], values.device)
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
+    assert square_sum([], values.device) == 0
 
 
 def test_a_non_finite_norm_shows_before_anything_is_updated():

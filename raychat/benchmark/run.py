@@ -23,6 +23,7 @@ from raychat.optim import MuonAdamW
 from raychat.planning import model_shape, recipe
 from raychat.planning.scaling import causal_flops_per_token
 from raychat.storage import Store
+from raychat.training.attention_choice import with_attention
 from raychat.training.build import build_model, build_optimizer_of, device_of
 from raychat.training.device import Resolved, peak_memory_bytes, resolve
 from raychat.training.events import Event, Line, Metrics
@@ -63,6 +64,9 @@ class Bench:
     def make(config: Config, options: Options, world: World, echo: Echo) -> "Bench":
         """Prepare everything that a first step needs. Raises ConfigError for what cannot be."""
         resolved = resolve(config, local_world_size=world.local_world_size)
+        if world.rank == 0:
+            resolved = with_attention(resolved, config, device_of(resolved, world), echo)
+        resolved = world.broadcast(resolved)
         torch.set_num_threads(resolved.threads)
         run, tokenizer = recipe(config), byte_tokenizer()
         per_batch = run.total_batch_size // config.model.max_seq_len

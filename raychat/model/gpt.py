@@ -8,7 +8,7 @@ Legend: B rows, T positions, C = n_embd channels, H heads, Hkv key and value hea
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +183,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each reading the normed residual stream and adding to it."""
+    """Attention and MLP, each reading the normed residual stream and adding to it.
+
+    The stream x that they read has a share of its beginning x0 mixed in first.
+    """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -193,13 +196,42 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T C"],
+        x0: Float[Tensor, "B T C"],
+        shares: tuple[Tensor, Tensor],
         value_embed: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         backend: str,
         past: Past | None = None,
     ) -> Float[Tensor, "B T C"]:
+        x = shares[0] * x + shares[1] * x0
         x = x + self.attn(norm(x), value_embed, rotary, backend, past)
         return x + self.mlp(norm(x))
+
+
+def stem(
+    embedded: Float[Tensor, "B T C"], smear_lambda: Float[Tensor, "1"], gate: Float[Tensor, "1 channels"]
+) -> Float[Tensor, "B T C"]:
+    """What the first block reads: the normed embedding, with a gated share of the position before mixed into each."""
+    x = norm(embedded)
+    share = smear_lambda.to(x.dtype) * torch.sigmoid(F.linear(x[:, 1:, :SMEAR_CHANNELS], gate.to(x.dtype)))
+    return torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
+
+
+def through_block(block: nn.Module, *inputs: Any) -> Float[Tensor, "B T C"]:
+    """One block on its inputs."""
+    return block(*inputs)
+
+
+def tail(
+    x: Float[Tensor, "B T C"], middle: Float[Tensor, "B T C"], backout_lambda: Float[Tensor, "1"]
+) -> Float[Tensor, "B T C"]:
+    """What the head reads: the stream without its middle, normed."""
+    return norm(x - backout_lambda.to(x.dtype) * middle)
+
+
+def call(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`function(*inputs)`: the way to a part of the model, in whose place training may go to a compiled one."""
+    return function(*inputs)
 
 
 class GPT(nn.Module):
@@ -303,21 +335,30 @@ class GPT(nn.Module):
         self.register_buffer("sin", angles.sin().to(self.compute_dtype), persistent=False)
 
     def hidden(
-        self, idx: Int[Tensor, "B T"], cache: Past | None = None, counts: Sequence[int] | None = None
+        self,
+        idx: Int[Tensor, "B T"],
+        cache: Past | None = None,
+        counts: Sequence[int] | None = None,
+        call: Callable[..., Tensor] = call,
     ) -> Float[Tensor, "B T C"]:
         """The normed residual stream in front of the head, in the compute dtype.
 
         With a `cache` the rows continue those in it, and are added to it. Of row b the first `counts[b]` tokens are
-        real (default: all), the rest is padding whose result means nothing.
+        real (default: all), the rest is padding whose result means nothing. `call` calls the parts of the model.
         """
         dtype = self.compute_dtype
         rotary = self._rotary(idx.size(1), cache, counts)
-        x = x0 = self._smear(norm(self.transformer["wte"](idx).to(dtype)), cache)
+        embedded = self.transformer["wte"](idx).to(dtype)
+        if cache is None:
+            x = call(stem, embedded, self.smear_lambda, self.smear_gate.weight)
+        else:
+            x = self._smear_on(norm(embedded), cache)
+        x0 = x.view_as(x)  # compiled, a block whose inputs are one object would be another kind of block
         resid, x0_share = self.resid_lambdas.to(dtype).unbind(), self.x0_lambdas.to(dtype).unbind()
         middle = x
         recompute = self.grad_checkpoint and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer["h"].children()):
-            layer = (i, block, x, x0, (resid[i], x0_share[i]), idx, rotary, self.attention_backend, cache)
+            layer = (call, i, block, x, x0, (resid[i], x0_share[i]), idx, rotary, self.attention_backend, cache)
             if recompute:  # nothing here is random, so no state of a generator has to be kept
                 x = checkpoint(self._layer, *layer, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -326,14 +367,22 @@ class GPT(nn.Module):
                 middle = x
         if cache is not None:
             cache.end()
-        return norm(x - self.backout_lambda.to(dtype) * middle)
+        return call(tail, x, middle, self.backout_lambda)
 
     def _layer(
-        self, i: int, block: nn.Module, x: Tensor, x0: Tensor, shares: tuple[Tensor, Tensor], idx: Tensor, *context: Any
+        self,
+        call: Callable[..., Tensor],
+        i: int,
+        block: nn.Module,
+        x: Tensor,
+        x0: Tensor,
+        shares: tuple[Tensor, Tensor],
+        idx: Tensor,
+        *context: Any,
     ) -> Float[Tensor, "B T C"]:
-        """Block `i` on its `shares` of the stream x and its beginning x0; `context`: what else the block takes."""
+        """Block `i` on its value embedding and its `shares` of x and x0; `context`: what else the block takes."""
         value_embed = self.value_embeds[str(i)](idx).to(x.dtype) if self.config.has_value_embed(i) else None
-        return block(shares[0] * x + shares[1] * x0, value_embed, *context)
+        return call(through_block, block, x, x0, shares, value_embed, *context)
 
     def _rotary(self, T: int, cache: Past | None, counts: Sequence[int] | None) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions of a pass: (T, 1, half), or with a cache (B, T, 1, half)."""
@@ -347,13 +396,10 @@ class GPT(nn.Module):
             )
         return self.cos[:T, None], self.sin[:T, None]
 
-    def _smear(self, x: Float[Tensor, "B T C"], cache: Past | None) -> Float[Tensor, "B T C"]:
-        """Mix into each position, but the first, a gated share of the one before it."""
-        if cache is not None:
-            gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
-            return x + gate * cache.shift(x)
-        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))
-        return torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+    def _smear_on(self, x: Float[Tensor, "B T C"], cache: Past) -> Float[Tensor, "B T C"]:
+        """As `stem`, on rows that go on: the position before the first is in the cache."""
+        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        return x + gate * cache.shift(x)
 
     def forward(
         self,

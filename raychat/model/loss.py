@@ -45,8 +45,11 @@ def chunked(
     vocab_size: int,
     reduction: Reduction = "mean",
     chunk_rows: int | None = None,
+    slopes: "Slopes | None" = None,
 ) -> Float[Tensor, "..."]:
     """The same as `full` up to rounding, `chunk_rows` rows at a time (default: 1024 on an accelerator, 256 on a CPU).
+
+    `slopes` computes what `nats_and_slopes` does, in another way.
 
     Gradients exist for "mean" and "sum". With "none" under autograd every row would bring its own incoming gradient,
     which chunks computed ahead cannot know: that case goes to `full`.
@@ -57,7 +60,7 @@ def chunked(
     rows, goals = x.flatten(0, -2), targets.flatten().long()
     size = chunk_rows or (256 if x.device.type == "cpu" else 1024)
     if grad:
-        total = _ChunkedNats.apply(rows, weight, goals, vocab_size, size)
+        total = _ChunkedNats.apply(rows, weight, goals, vocab_size, size, slopes or nats_and_slopes)
     else:
         head = weight[:vocab_size].to(x.dtype)
         nats = torch.cat([_nats(part @ head.T, goal)[0] for part, goal in _chunks(rows, goals, size)])
@@ -87,21 +90,31 @@ def _nats(raw: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return nats, t, e, mass
 
 
+def nats_and_slopes(raw: Float[Tensor, "n V"], targets: Int[Tensor, "n"]) -> tuple[Tensor, Float[Tensor, "n V"]]:
+    """Sum of nats over the rows of uncapped logits, and its gradient with respect to them, in their dtype."""
+    nats, t, p, mass = _nats(raw, targets)
+    valid = (targets != IGNORE).float()[:, None]
+    p.mul_(valid / mass)  # softmax
+    p.scatter_add_(-1, targets.clamp_min(0)[:, None], -valid)
+    return nats.sum(), p.addcmul_(p, t.square_(), value=-1).to(raw.dtype)  # through the cap: p * (1 - tanh^2)
+
+
+Slopes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 class _ChunkedNats(torch.autograd.Function):
     """Sum of nats over all rows. The gradients of that sum are ready after the forward pass; backward scales them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, size: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, size: int, slopes: Slopes
+    ) -> Tensor:
         head = weight[:vocab_size].to(x.dtype)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         for (part, goal), grad_part in zip(_chunks(x, targets, size), grad_x.split(size), strict=True):
-            nats, t, p, mass = _nats(part @ head.T, goal)
-            total += nats.sum()
-            valid = (goal != IGNORE).float()[:, None]
-            p.mul_(valid / mass)  # softmax
-            p.scatter_add_(-1, goal.clamp_min(0)[:, None], -valid)
-            slope = p.addcmul_(p, t.square_(), value=-1).to(x.dtype)  # through the cap: p * (1 - tanh^2)
+            nats, slope = slopes(part @ head.T, goal)
+            total += nats
             torch.mm(slope, head, out=grad_part)
             if slope.dtype == grad_weight.dtype:
                 grad_weight[:vocab_size].addmm_(slope.T, part)
@@ -112,7 +125,7 @@ class _ChunkedNats(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:  # pyrefly: ignore[bad-override]
         grad_x, grad_weight = ctx.saved_tensors
         # Scaled in float32: 1 / tokens is below what float16 can hold.
-        return (grad_x.float() * scale).to(grad_x.dtype), grad_weight * scale, None, None, None
+        return (grad_x.float() * scale).to(grad_x.dtype), grad_weight * scale, None, None, None, None

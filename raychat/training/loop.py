@@ -12,6 +12,7 @@ from raychat.config import Config
 from raychat.data.batches import Batch
 from raychat.data.tokenizer import Tokenizer
 from raychat.model import GPT
+from raychat.model.regions import CompiledTraining
 from raychat.optim import MuonAdamW
 from raychat.optim.schedule import lr_multiplier, muon_momentum, weight_decay_at
 from raychat.planning import Recipe, warmup_steps
@@ -63,7 +64,7 @@ class Trainer:
         self.config, self.recipe, self.model, self.optimizer = config, recipe, model, optimizer
         self.resolved, self.world, self.around, self.state = resolved, world, surroundings, state
         self.device = next(model.parameters()).device
-        self.forward = torch.compile(model, dynamic=False) if resolved.compile else model
+        self.forward = CompiledTraining(model) if resolved.compile else model
         self.report = Reporter(config, recipe, surroundings.clock, surroundings.sink, rank=world.rank)
         saved_at = state.step if state.step else None
         self.saves = Saves(config.save, surroundings, model, optimizer, world, self.report, saved_at=saved_at)
