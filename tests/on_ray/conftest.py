@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from on_ray.heads import place, started_head
+from on_ray.heads import Place, place, started_head
 from raychat.on_ray import cluster as clusters
 from raychat.on_ray.cluster import ENVIRONMENT, Cluster
 
@@ -66,10 +66,16 @@ def connected(cluster):
 
 
 @pytest.fixture(scope="package")
-def job_server(environment) -> Iterator[str]:
-    """Address of the job server of a head of `CPUS` CPUs that `ray start` made in the checkout; it asks for a token.
+def head(environment) -> Iterator[Place]:
+    """A head of `CPUS` CPUs that `ray start` made in the checkout; it asks for a token.
 
     Ports are its own: of the clusters that `ray.init` starts on a machine, only the first one takes jobs.
     """
     with place() as at, started_head(at, environment, cwd=ROOT, num_cpus=CPUS, object_store_memory=2**28):
-        yield at.dashboard
+        yield at
+
+
+@pytest.fixture(scope="package")
+def job_server(head) -> str:
+    """Address of the job server of that head."""
+    return head.dashboard
