@@ -175,7 +175,7 @@ class PrecisionSettings:
     """attention back-end: torch's own, flash attention of any version, torch's packed rows, FlexAttention; auto: the fastest
     of those that work, timed on the GPU at the start of the first run of its kind"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on with CUDA"""
+    """torch.compile; auto: on with CUDA, and on a CPU for runs that are long enough for it to pay"""
     grad_checkpoint: bool = False
     """keep only the input of each block and compute the rest again in the backward pass: less memory, more time"""
 

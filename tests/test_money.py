@@ -106,7 +106,8 @@ def test_the_plan_chooses_as_the_run_does(tmp_path, monkeypatch):
     assert plan_dtype(config, target()) == "bfloat16"
     on_gpu = target(gpu="h100")
     assert [plan_loss(config, t) for t in (target(), on_gpu)] == ["chunked", "full"]
-    assert [plan_compiled(config, t) for t in (target(), on_gpu)] == [False, True]
+    short = Config.from_flat({"depth": 4, "num_iterations": 10, "total_batch_size": 2048, "device_batch_size": 1})
+    assert [plan_compiled(run, t) for run in (config, short) for t in (target(), on_gpu)] == [True, True, False, True]
 
 
 def test_the_documents_bill_lies_in_the_range_at_their_price():

@@ -25,6 +25,7 @@ from raychat.planning.scaling import causal_flops_per_token
 from raychat.storage import Store
 from raychat.training.attention_choice import with_attention
 from raychat.training.build import build_model, build_optimizer_of, device_of
+from raychat.training.compile_cache import CompileCache
 from raychat.training.device import Resolved, peak_memory_bytes, resolve
 from raychat.training.events import Event, Line, Metrics
 from raychat.training.job import BatchPlan
@@ -68,6 +69,8 @@ class Bench:
             resolved = with_attention(resolved, config, device_of(resolved, world), echo)
         resolved = world.broadcast(resolved)
         torch.set_num_threads(resolved.threads)
+        if resolved.compile:
+            CompileCache(config.base_dir, Store.of(config.run_uri), resolved.device_name).use()
         run, tokenizer = recipe(config), byte_tokenizer()
         per_batch = run.total_batch_size // config.model.max_seq_len
         ranks = {"rank": world.rank, "world_size": world.world_size}
@@ -180,6 +183,7 @@ class Bench:
                 clock=Clock(attempt_started=time.time(), before_s=0.0, price_per_hour=None),
                 checkpoints=checkpoints,
                 fence=lambda: False,
+                after_first_step=lambda: None,
                 meta={"val_tokens": 0},
             ),
             state=LoopState(),

@@ -81,9 +81,26 @@ OTHER_MODEL = r"(?! (?:ti|super|laptop|max q|mobile|d)\b)"
 CPU_CORE_FLOPS = {"float32": 5e10, "bfloat16": 1e11, "float16": 5e10}
 
 
+# Compiling takes some 10 to 30 s once and makes training on a CPU about a fifth faster (docs/speed.md): it has paid after
+# three minutes, and each restart on another machine takes some of that again.
+COMPILE_PAYS_HOURS = 10 / 60
+
+
 def cpu_hours(flops: float, dtype: str, cores: int) -> float:
     """Hours that `flops` of training take on so many CPU cores: an order of magnitude, to refuse what is out of reach."""
     return flops / (CPU_CORE_FLOPS[dtype] * cores) / 3600
+
+
+def chosen_compile(asked: str, device: str, flops: float, dtype: str, cores: int) -> tuple[bool, str]:
+    """Whether a run of so many FLOPs compiles its model, and why, for `--compile` as `asked`. `cores` are those of a CPU."""
+    if asked != "auto":
+        return asked == "on", "asked for"
+    if device != "cpu":
+        return device == "cuda", f"the default on {device}"
+    hours = cpu_hours(flops, dtype, max(1, cores))
+    long = hours >= COMPILE_PAYS_HOURS
+    why = "more than it takes to pay" if long else "too short for it to pay"
+    return long, f"about {60 * hours:.0f} minutes of training, {why}"
 
 
 def plan_name(name: str) -> str | None:

@@ -7,8 +7,9 @@ from typing import Literal
 
 from raychat.checks import require
 from raychat.config import Config
-from raychat.planning.devices import NO_FP8, DevicePeak, device_peak, find_gpu, local_gpu, plan_name
+from raychat.planning.devices import NO_FP8, DevicePeak, chosen_compile, device_peak, find_gpu, local_gpu, plan_name
 from raychat.planning.prices import Machine, find_machine, load_prices
+from raychat.planning.scaling import recipe
 
 GPUS_A_MACHINE = 8  # assumed for a GPU that was named without a machine
 MEMORY = Path("/proc/meminfo")
@@ -88,7 +89,8 @@ def plan_loss(config: Config, target: Target) -> Literal["full", "chunked"]:
 
 def plan_compiled(config: Config, target: Target) -> bool:
     """Whether the run will compile its model on `target`."""
-    return config.precision.compile == "on" or (config.precision.compile == "auto" and target.device == "cuda")
+    asked, cores = config.precision.compile, target.cores * target.machines
+    return chosen_compile(asked, target.device, recipe(config).flops, plan_dtype(config, target), cores)[0]
 
 
 def local_cores() -> int:

@@ -17,6 +17,7 @@ from raychat.planning import Recipe, model_shape, param_counts, recipe
 from raychat.storage import Store
 from raychat.training import checkpoint
 from raychat.training.attention_choice import with_attention
+from raychat.training.compile_cache import CompileCache
 from raychat.training.device import Resolved, device_type, resolve
 from raychat.training.events import Line, Note, Sink
 from raychat.training.fence import Fence
@@ -42,6 +43,7 @@ def train(
         torch.cuda.set_device(world.device_index)  # before the first collective, which nccl runs on the device
     resolved = _agree_on_machine(config, job, world, sink)
     torch.set_num_threads(resolved.threads)
+    after_first_step = _compile_cache(config, resolved, world, sink) if resolved.compile else _nothing
     manifest = needed_manifest(job.tokens_dir)
     model = build_model(config, resolved, device_of(resolved, world))
     optimizer = build_optimizer_of(config, run, model)
@@ -92,7 +94,16 @@ def train(
         resolved=resolved,
         world=world,
         surroundings=_surroundings(
-            job, config, resolved, manifest, world, open_batches=open_batches, lanes=lanes, sink=sink, poll=poll
+            job,
+            config,
+            resolved,
+            manifest,
+            world,
+            open_batches=open_batches,
+            lanes=lanes,
+            sink=sink,
+            poll=poll,
+            after_first_step=after_first_step,
         ),
         state=state,
     )
@@ -110,6 +121,7 @@ def _surroundings(
     lanes: int,
     sink: Sink,
     poll: Callable[[], Signal],
+    after_first_step: Callable[[], None],
 ) -> Surroundings:
     """The seams of one rank, and what its checkpoints record besides weights, moments and the loop's state."""
     reader, price = RowReader(manifest, "val"), config.money.price_per_hour
@@ -131,6 +143,7 @@ def _surroundings(
         ),
         checkpoints=store.child("checkpoints"),
         fence=_fence(job, store, world, sink),
+        after_first_step=after_first_step,
         meta={
             "config": config.public(),
             "fingerprint": manifest.fingerprint,
@@ -143,6 +156,31 @@ def _surroundings(
             "val_tokens": eval_rows * config.model.max_seq_len,
         },
     )
+
+
+def _compile_cache(config: Config, resolved: Resolved, world: World, sink: Sink) -> Callable[[], None]:
+    """Begin with what was compiled before, here or on a machine of the same kind; what is to be called after a step."""
+    cache = CompileCache(config.base_dir, Store.of(config.run_uri), resolved.device_name)
+    cache.use()
+    try:
+        if world.local_rank == 0 and cache.fetch() and world.rank == 0:
+            sink(Line("compile: begins with what the run compiled before"))
+    except OSError as error:  # then it compiles again
+        sink(Line(f"warning: what the run compiled before is of no use here: {error}"))
+    world.gather(None)  # ranks of one machine share its folder
+
+    def ship() -> None:
+        try:
+            if world.rank == 0:
+                cache.ship()
+        except OSError as error:
+            sink(Line(f"warning: what was compiled is not kept with the run: {error}"))
+
+    return ship
+
+
+def _nothing() -> None:
+    """What follows the first step of a run that compiles nothing."""
 
 
 def _fence(job: Job, store: Store, world: World, sink: Sink) -> Fence:
@@ -211,7 +249,7 @@ def describe(
         f"device: {devices} ({rate})",
         f"precision: {resolved.dtype} ({resolved.dtype_reason})" + (", fp8 linears" if config.precision.fp8 else ""),
         f"attention: {resolved.attention} ({resolved.attention_reason}) | loss: {resolved.loss}"
-        f" | compile: {'on' if resolved.compile else 'off'}"
+        f" | compile: {'on' if resolved.compile else 'off'} ({resolved.compile_reason})"
         + (" | activations: computed again in backward" if config.precision.grad_checkpoint else ""),
         f"vocabulary: {config.model.vocab_size:,} tokens",
         f"model: d{config.model.depth}, {counts.total:,} parameters ({counts.scaling:,} scaling), "

@@ -3,6 +3,8 @@
 Rules, not timings, decide on a CPU, so that the same machine decides the same way every time.
 """
 
+import os
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,7 @@ from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.model import attention, fp8
 from raychat.planning import recipe
-from raychat.planning.devices import DevicePeak, cpu_hours, device_peak
+from raychat.planning.devices import DevicePeak, chosen_compile, cpu_hours, device_peak
 from raychat.planning.target import local_cores
 
 MAX_CPU_HOURS = 24.0
@@ -33,6 +35,7 @@ class Resolved:
     compile: bool
     threads: int
     attention_warning: str = ""
+    compile_reason: str = ""
 
     @property
     def peak(self) -> DevicePeak | None:
@@ -73,6 +76,7 @@ def resolve(config: Config, *, local_world_size: int) -> Resolved:
     backend, backend_reason = _attention(precision.attention, torch.device(kind), DTYPES[dtype])
     asked = config.cluster.threads
     threads = asked if asked != -1 else max(1, local_cores() // local_world_size)
+    compiled, compile_reason = _compile(config, kind, dtype)
     return Resolved(
         device_type=kind,
         device_name=name,
@@ -82,7 +86,8 @@ def resolve(config: Config, *, local_world_size: int) -> Resolved:
         attention=backend,
         attention_reason=backend_reason,
         loss=precision.loss if precision.loss != "auto" else ("chunked" if kind == "cpu" else "full"),
-        compile=precision.compile == "on" or (precision.compile == "auto" and kind == "cuda"),
+        compile=compiled,
+        compile_reason=compile_reason,
         threads=threads,
     )
 
@@ -119,6 +124,17 @@ def _attention(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[st
         if name not in refused:
             return name, "asked for"
     raise ConfigError(f"--attention {asked}: {attention.in_words(refused)}. Use --attention auto.")
+
+
+def _compile(config: Config, kind: str, dtype: str) -> tuple[bool, str]:
+    asked = config.precision.compile
+    if asked != "off" and shutil.which(os.environ.get("CXX", "g++")) is None:  # both Triton and inductor write C or C++
+        if asked == "on":
+            raise ConfigError(
+                "--compile on needs a C++ compiler, and there is no g++ here. Install one, or use --compile off."
+            )
+        return False, "there is no C++ compiler (g++) here"
+    return chosen_compile(asked, kind, recipe(config).flops, dtype, local_cores())
 
 
 def _dtype(requested: str, kind: str) -> tuple[str, str]:

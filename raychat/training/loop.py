@@ -338,6 +338,7 @@ class Trainer:
         step = self.state.step - 1
         if self.first_step:
             self.first_step = False
+            self.around.after_first_step()
             self.report.note("first_step", step=step, step_time_s=self.state.step_time_s)
         if step % self.config.run.log_every == 0 or self.state.step == self.recipe.num_iterations:
             spread = self.stragglers.spread if self.stragglers else None
