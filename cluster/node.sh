@@ -10,7 +10,8 @@
 #
 # Every machine needs the same token in ~/.ray/auth_token (`ray get-auth-token --generate` on one, then copy it).
 # What is set in ~/raychat.env (RAYCHAT_STORAGE_PATH=s3://bucket/runs, RAYCHAT_BASE_DIR=...), or in the environment, holds for
-# the jobs of the cluster. Logs: ~/.raychat-node.
+# the jobs of the cluster. Logs: ~/.raychat-node. With RAYCHAT_POWER_OFF_S=900, a rented machine whose Ray has been gone for so long
+# (as it is a minute after its head) powers itself off.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -32,8 +33,8 @@ setup() {
   "$ROOT/.venv/bin/pip" install --quiet --disable-pip-version-check -c "$ROOT/.ci/constraints.txt" -e "$ROOT" "$@"
 }
 
-settings() {
-  export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+settings() { # jobs inherit them from Ray: `python` is this one, and a stopped job has this long for its save
+  export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-120} PATH="$BIN:$PATH"
   set -a
   # shellcheck source=/dev/null
   [ ! -f "$HOME/raychat.env" ] || . "$HOME/raychat.env"
@@ -54,15 +55,22 @@ local_disk() {
   sudo chown "$(id -u):$(id -g)" "$at"
 }
 
-address() { # that the watcher asks, from the options of `ray start`
-  local option port=6379 joins=
-  for option in "$@"; do
-    case $option in
-      --address=*) joins=${option#--address=} ;;
-      --port=*) port=${option#--port=} ;;
+option() { # its value among the options of `ray start`, written with = or with a space
+  local name=$1 value=
+  shift
+  while [ $# -gt 0 ]; do
+    case $1 in
+      "$name="*) value=${1#*=} ;;
+      "$name") value=${2:-} ;;
     esac
+    shift
   done
-  echo "${joins:-127.0.0.1:$port}"
+  echo "$value"
+}
+
+background() { # runs `node.sh $2...` until `stop`, with $1 as the name of its log
+  setsid nohup "$ROOT/cluster/node.sh" "${@:2}" >>"$STATE/$1.log" 2>&1 </dev/null &
+  echo $! >"$STATE/$1.pid"
 }
 
 start() {
@@ -70,11 +78,15 @@ start() {
   if [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -s "$HOME/.ray/auth_token" ]; then
     fail "there is no token in ~/.ray/auth_token: make one with '$BIN/ray get-auth-token --generate', and copy it to all machines"
   fi
+  local config joins port address
+  config=$(option --autoscaling-config "$@") joins=$(option --address "$@") port=$(option --port "$@")
+  address=${joins:-127.0.0.1:${port:-6379}}
   stop
   mkdir -p "$STATE"
+  cd "$ROOT" # jobs that upload nothing start here
   ulimit -n 65536 2>/dev/null || true
   : >"$STATE/ray.log"
-  setsid nohup "$BIN/ray" start "$@" --block >"$STATE/ray.log" 2>&1 </dev/null &
+  setsid nohup "$BIN/ray" start "$@" ${config:+--no-monitor} --block >"$STATE/ray.log" 2>&1 </dev/null &
   echo $! >"$STATE/ray.pid"
   for ((i = 0; i < 5 * START_S; i++)); do
     grep -q 'Ray runtime started' "$STATE/ray.log" && break
@@ -86,18 +98,19 @@ start() {
     cat "$STATE/ray.log" >&2
     fail "Ray did not start; its output stands above"
   fi
-  setsid nohup "$0" watch "$(address "$@")" >>"$STATE/watcher.log" 2>&1 </dev/null &
-  echo $! >"$STATE/watcher.pid"
+  background watcher keep raychat.on_ray.node_watcher --address "$address"
+  [ -z "$config" ] || background autoscaler keep raychat.on_ray.autoscaler --address "$address" --autoscaling-config "$config"
+  [ -z "${RAYCHAT_POWER_OFF_S:-}" ] || background leave leave "$RAYCHAT_POWER_OFF_S"
   echo "node.sh: Ray runs; stop it with '$0 stop', see $STATE/ray.log and $STATE/watcher.log"
 }
 
-# The watcher, started again whenever it ends. Bash hands SIGTERM on, so that a shutdown of the machine drains the node.
-watch() {
+# A module of raychat, started again whenever it ends. Bash hands SIGTERM on, so that a shutdown of the machine drains the node.
+keep() {
   local child=
   trap 'kill -TERM "$child" 2>/dev/null; wait "$child"; exit' TERM
   cd "$ROOT"
   while true; do
-    "$BIN/python" -m raychat.on_ray.node_watcher --address "$1" &
+    "$BIN/python" -m "$@" &
     child=$!
     wait "$child" || true
     sleep 2 &
@@ -106,15 +119,26 @@ watch() {
   done
 }
 
+# Ends this machine when its Ray has been gone for $1 seconds: nobody is left to end it, and it costs.
+leave() {
+  local since=$SECONDS
+  while ((SECONDS - since < $1)); do
+    if kill -0 "$(cat "$STATE/ray.pid")" 2>/dev/null; then since=$SECONDS; fi
+    sleep 1
+  done
+  echo "Ray has been gone for $1 s: powering off"
+  sudo poweroff
+}
+
 stop() {
   local name pid
-  for name in watcher ray; do
+  for name in leave watcher autoscaler ray; do
     [ -s "$STATE/$name.pid" ] || continue
     pid=$(cat "$STATE/$name.pid")
     # A machine that was started anew may have given the number to another process.
     if grep -aq -e node.sh -e 'ray' "/proc/$pid/cmdline" 2>/dev/null; then
-      if [ "$name" = watcher ]; then
-        kill -KILL -- "-$pid" 2>/dev/null || true # its SIGTERM means that the machine goes
+      if [ "$name" != ray ]; then
+        kill -KILL -- "-$pid" 2>/dev/null || true # the watcher's SIGTERM means that the machine goes
       else
         kill -TERM "$pid" 2>/dev/null || true
         for ((i = 0; i < 5 * STOP_S; i++)); do
@@ -140,7 +164,8 @@ case ${1:-} in
     settings
     if [ "${2:-}" = start ]; then start "${@:3}"; else exec "$BIN/ray" "${@:2}"; fi
     ;;
-  watch) watch "${2:?watch ADDRESS}" ;;
+  keep) keep "${@:2}" ;;
+  leave) leave "${2:?leave SECONDS}" ;;
   stop) stop ;;
   *) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" && exit 2 ;;
 esac

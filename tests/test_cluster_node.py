@@ -35,7 +35,8 @@ def machine(tmp_path):
             ["bash", str(NODE_SH), *args], env=environment, capture_output=True, text=True, timeout=60
         )
 
-    run.home, run.program, run.lines = home, program, lambda: said.read_text().splitlines() if said.exists() else []
+    run.home, run.programs, run.program = home, programs, program
+    run.lines = lambda: said.read_text().splitlines() if said.exists() else []
     yield run
     run("stop")
 
@@ -73,6 +74,43 @@ def test_a_node_runs_ray_with_the_token_and_a_watcher_that_comes_back(machine):
     assert machine("stop").returncode == 0
     wait_for(lambda: not any(alive(int(words[1])) for words in (ray, again)))
     assert machine("stop").returncode == 0, "nothing is left to stop, which is no error"
+
+
+def test_a_job_on_the_node_finds_python_the_checkout_and_time_to_save(machine):
+    machine.program(
+        "ray", 'command -v python; pwd; echo "$RAY_JOB_STOP_WAIT_TIME_S"; echo Ray runtime started.; sleep 60'
+    )
+    assert machine("ray", "start", "--head").returncode == 0
+    seen = (machine.home / ".raychat-node" / "ray.log").read_text().splitlines()
+    assert seen[:3] == [str(machine.programs / "python"), str(NODE_SH.parents[1]), "120"]
+
+
+def test_the_head_has_an_autoscaler_of_raychats_own_in_place_of_rays(machine):
+    assert machine("ray", "start", "--head", "--port", "6390", "--autoscaling-config=~/file.yaml").returncode == 0
+    wait_for(lambda: len(machine.lines()) == 3)
+    ray, *beside = (line.split()[2:] for line in machine.lines())
+    assert ray[-2:] == ["--no-monitor", "--block"]
+    at = ["--address", "127.0.0.1:6390"]
+    assert sorted(words[words.index("-m") :] for words in beside) == [
+        ["-m", "raychat.on_ray.autoscaler", *at, "--autoscaling-config", "~/file.yaml"],
+        ["-m", "raychat.on_ray.node_watcher", *at],
+    ]
+    pids = [int(line.split()[1]) for line in machine.lines()]
+    assert machine("stop").returncode == 0
+    wait_for(lambda: not any(map(alive, pids)))
+
+
+def test_a_rented_machine_whose_ray_has_gone_powers_itself_off(machine):
+    machine.program("sudo", "")
+    (machine.home / "raychat.env").write_text("RAYCHAT_POWER_OFF_S=1\n")
+    assert machine("ray", "start", "--address", "10.0.0.1:6380").returncode == 0
+    wait_for(lambda: len(machine.lines()) == 2)
+    ray, watcher = machine.lines()
+    assert watcher.endswith("--address 10.0.0.1:6380"), "written with a space"
+    time.sleep(1.5)
+    assert not any(line.startswith("sudo") for line in machine.lines())
+    os.kill(int(ray.split()[1]), signal.SIGKILL)
+    wait_for(lambda: machine.lines()[-1].startswith("sudo") and machine.lines()[-1].endswith("poweroff"))
 
 
 def test_stopping_a_node_leaves_other_processes_alone(machine):
