@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ray._private import state as ray_state
 
 from on_ray.heads import as_arguments
 from raychat.config import Config
@@ -175,6 +176,14 @@ def test_the_console_tells_every_step_and_the_end(whole):
     end = next(i for i, line in enumerate(whole.lines) if line.startswith("finished: step 12 of 12"))
     told = [line.split()[0] for line in whole.lines[end + 1 :] if not line.startswith("    ")]
     assert told == ["time:", "forecast", "summary", "loss", "checkpoint"]
+
+
+@pytest.mark.usefixtures("whole")
+def test_no_process_looks_for_the_cluster_to_free_its_room():
+    """Ray Train's own finds another one where a machine has several, and holds up the end of the run."""
+    made = {actor["ActorClassName"] for actor in ray_state.actors().values()}
+    assert "TrainController" in made
+    assert "PlacementGroupCleaner" not in made
 
 
 @pytest.mark.mlflow
