@@ -123,8 +123,8 @@ keep() {
 leave() {
   local since=$SECONDS
   while ((SECONDS - since < $1)); do
-    if kill -0 "$(cat "$STATE/ray.pid")" 2>/dev/null; then since=$SECONDS; fi
     sleep 1
+    if kill -0 "$(cat "$STATE/ray.pid")" 2>/dev/null; then since=$SECONDS; fi
   done
   echo "Ray has been gone for $1 s: powering off"
   sudo poweroff

@@ -1,6 +1,6 @@
 """Ray's autoscaler, which here also goes to the next group of machines when a cloud refuses to start one.
 
-  python -m raychat.on_ray.autoscaler --address HEAD:6379 --autoscaling-config FILE        on the head, beside `ray start --no-monitor`
+  python -m raychat.on_ray.autoscaler --address HEAD:6379 --autoscaling-config FILE        beside `ray start --no-monitor`
 
 Ray 2.60 puts a group behind the others when a machine of it was started and did not come (`ALLOCATION_TIMEOUT`), as pods of
 Kubernetes are. AWS and Google Cloud refuse at once (`ALLOCATION_FAILED`), which Ray counts for nothing: it would ask for the
@@ -16,7 +16,10 @@ from pathlib import Path
 from ray._raylet import GcsClient  # pyrefly: ignore[missing-module-attribute]
 from ray.autoscaler.v2 import autoscaler
 from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import CloudResourceMonitor
-from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
+from ray.core.generated.instance_manager_pb2 import (
+    Instance,  # pyrefly: ignore[missing-module-attribute]
+    InstanceUpdateEvent,  # pyrefly: ignore[missing-module-attribute]
+)
 
 from raychat.on_ray.raylets import ALIVE
 
