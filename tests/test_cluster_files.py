@@ -44,13 +44,16 @@ def prepared(config):
 # The launcher's files
 
 
-@pytest.mark.parametrize("name", [*LAUNCHERS, "local"])
+@pytest.mark.parametrize("name", LAUNCHERS)
 def test_ray_accepts_the_launchers_files(name):
     made = prepared(read(f"{name}.yaml"))
     assert made["head_node_type"] in made["available_node_types"]
     assert not list(checks.access_problems(made))
+    assert any("RAYCHAT_BASE_DIR=" in command for command in made["setup_commands"]), (
+        "~/.cache is no place that all nodes see"
+    )
     text = (CLUSTER / f"{name}.yaml").read_text()
-    assert text.count("YOUR-BUCKET") == (name != "local"), "one place to edit"
+    assert text.count("YOUR-BUCKET") == 1, "one place to edit"
 
 
 def test_ray_refuses_what_is_misspelt():
@@ -90,6 +93,7 @@ PLANTED = {
         ("l4_spot.node_config.scheduling", [{"preemptible": True}], "is to be a mapping"),
         ("l4_spot.node_config.scheduling.provisioningModel", "spot", "none of"),
         ("l4_spot.node_config.scheduling.instanceTerminationAction", "STOP", "costs on"),
+        ("l4_spot.node_config.disks.0.initializeParams.diskType", "pd-balanced", "pd-standard"),
         ("l4_on_demand.node_config.scheduling.onHostMaintenance", "MIGRATE", "no GPU machine"),
         ("l4_spot.node_config.disks.0.autoDelete", False, "goes with its machine"),
         ("h100_on_demand.priority", 2, "lower priority"),
@@ -100,6 +104,8 @@ PLANTED = {
         ("provider.cache_stopped_nodes", True, "cost on"),
         ("provider.security_group", {"IpPermissions": [OPEN | {"FromPort": 8265, "ToPort": 8265}]}, "8265"),
         ("provider.security_group", {"IpPermissions": [OPEN | {"FromPort": 22, "ToPort": 9999}]}, "9999"),
+        ("worker_setup_commands", [], "are not ended"),
+        ("available_node_types.l4_spot.node_config.InstanceInitiatedShutdownBehavior", "stop", "powers itself off"),
         ("file_mounts", {}, "token"),
         ("head_start_ray_commands", ["ray start --head --dashboard-host=0.0.0.0"], "dashboard listens on 0.0.0.0"),
         ("head_start_ray_commands", ["~/raychat/cluster/node.sh ray start --head"], "no autoscaler"),
@@ -254,12 +260,17 @@ def test_the_job_has_the_cluster_that_stands_alone_and_tries_again():
     assert checks.cluster_problems(cluster["spec"]) == []
     assert f"backoffLimit: {job['spec']['backoffLimit']}" in (ROOT / "docs" / "faults.md").read_text()
     assert job["spec"]["shutdownAfterJobFinishes"]
-    assert int(yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
+    for pod in pods(cluster["spec"]):
+        environment = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+        assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
+    assert "--budget-usd" in job["spec"]["entrypoint"], "nobody watches it"
     assert {cluster["spec"]["rayVersion"]} == set(
         re.findall(r"(?m)^ray==(.*)$", (ROOT / ".ci" / "constraints.txt").read_text())
     )
-    accounts = {pod["serviceAccountName"] for pod in pods(cluster["spec"])}
-    assert accounts == {read("kuberay/serviceaccount.yaml")["metadata"]["name"]}
+    head, *workers = (pod["serviceAccountName"] for pod in pods(cluster["spec"]))
+    assert head not in workers, "KubeRay lets the head's account change pods"
+    made = yaml.safe_load_all((CLUSTER / "kuberay" / "serviceaccount.yaml").read_text())
+    assert {head, *workers} == {account["metadata"]["name"] for account in made}
 
 
 def pods(spec):
@@ -334,8 +345,8 @@ def commands_of(config):
 
 
 def test_shellcheck_has_nothing_to_say(tmp_path):
-    scripts = [NODE_SH]
-    for name in (*LAUNCHERS, "local"):
+    scripts = [NODE_SH, CLUSTER / "machines.sh"]
+    for name in LAUNCHERS:
         script = tmp_path / f"{name}.sh"
         script.write_text("#!/bin/bash\nRAY_HEAD_IP=10.0.0.1\n" + "\n".join(commands_of(read(f"{name}.yaml"))) + "\n")
         scripts.append(script)
