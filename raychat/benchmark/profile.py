@@ -15,10 +15,10 @@ from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from raychat.data.batches import Batch
 from raychat.model import GPT
 from raychat.model.gpt import MLP, Attention
 from raychat.optim import MuonAdamW
+from raychat.training.feed import Feed, Passes
 from raychat.training.loop import Trainer
 
 STEPS = 3  # the last so many steps are taken apart
@@ -51,7 +51,7 @@ class PartsProfiler:
         optimizer = trainer.optimizer
         optimizer.reduce_gradients = _named(EXCHANGE, optimizer.reduce_gradients)
         optimizer.apply_updates = _named(OPTIMIZER, optimizer.apply_updates)
-        trainer.batches = _named_batches(trainer.batches)
+        trainer.feed = _NamedFeed(trainer.feed)
 
     @contextmanager
     def watch(self, step: int, steps: int) -> Iterator[None]:
@@ -149,10 +149,13 @@ def _named(part: str, call: Callable[[], Any]) -> Callable[[], Any]:
     return named
 
 
-def _named_batches(batches: Iterator[Batch]) -> Iterator[Batch]:
-    while True:
+class _NamedFeed(Feed):
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    def __next__(self) -> Passes:
         with record_function(PREFIX + DATA):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
+            return next(self._feed)
+
+    def close(self) -> None:
+        self._feed.close()

@@ -138,7 +138,7 @@ class Bench:
                     if isinstance(event, Line) and event.text.startswith("warning"):
                         echo(event.text)
                 heard.clear()
-            trainer.saves.close()
+            trainer.close()
         return samples
 
     def report(self, samples: list[Sample]) -> dict[str, Any]:

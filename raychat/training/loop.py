@@ -1,11 +1,10 @@
 """The training loop: batches come in, events go out, orders come in. Every rank runs it and takes the same branches."""
 
+import gc
 import socket
 import time
-from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import torch
 
 from raychat.config import Config
@@ -22,6 +21,7 @@ from raychat.training.device import Resolved, peak_memory_bytes
 from raychat.training.evaluating import Evaluations
 from raychat.training.events import Ended
 from raychat.training.examiner import CoreTasks, Examiner, Validation
+from raychat.training.feed import Feed
 from raychat.training.memory import MemoryGauge, explained, is_out_of_memory, out_of_memory
 from raychat.training.reporting import UNTIMED_STEPS, Reporter, StepTimes
 from raychat.training.saving import Saves
@@ -69,7 +69,7 @@ class Trainer:
         saved_at = state.step if state.step else None
         self.saves = Saves(config.save, surroundings, model, optimizer, world, self.report, saved_at=saved_at)
         self.scaler = LossScaler.restore(resolved.dtype, state.loss_scale, state.loss_scale_good_steps)
-        self.batches: Iterator[Batch] = surroundings.open_batches(state)
+        self.feed = self._open_feed()
         self.bad_steps, self.spikes = BadSteps(config.optim.on_bad_step), LossSpikes()
         self.stragglers = Stragglers(world.gather(socket.gethostname())) if world.world_size > 1 else None
         self.memory, self.times, self.first_step = MemoryGauge(self.device), StepTimes(), True
@@ -95,7 +95,16 @@ class Trainer:
         try:
             return self._fit()
         finally:
-            self.saves.close()
+            self.close()
+
+    def close(self) -> None:
+        """End what runs beside training."""
+        self.feed.close()
+        self.saves.close()
+        gc.unfreeze()
+
+    def _open_feed(self) -> Feed:
+        return Feed(self.around.open_batches(self.state), self.config.batch.device_batch_size, self.device)
 
     def _fit(self) -> bool:
         self.report.evaluation_again(self.state)
@@ -132,12 +141,13 @@ class Trainer:
     def train_step(self) -> tuple[Signal, bool]:
         """Train on the next batch; what is asked after it, and whether a periodic save is due by time."""
         start = time.perf_counter()
-        batch = next(self.batches)  # a rank that waits for its data is slow too
+        passes = next(self.feed)  # a rank that waits for its data is slow too
+        batch = passes.batch
         N, optim = self.recipe.num_iterations, self.config.optim
         up = warmup_steps(self.config, N)
         lrm = lr_multiplier(self.state.step, N, up, optim.warmdown_ratio, optim.final_lr_frac, optim.warmup_from)
         self._schedule(self.state.step, lrm)
-        nats = self._accumulate_gradients(batch)
+        nats = self._accumulate_gradients(passes.rows)
         agreed = self._agree(nats, (time.perf_counter() - start) / len(batch.rows))
         self.optimizer.grad_scale = self.scaler.scale
         with explained("the update", self.device):
@@ -185,16 +195,15 @@ class Trainer:
         save, stop = self.world.sum([asked is Signal.SAVE, asked is Signal.STOP], self.device)
         return Signal.STOP if stop else Signal.SAVE if save else Signal.NONE
 
-    def _accumulate_gradients(self, batch: Batch) -> float:
-        """Forward and backward over this rank's rows in passes of the device batch; the sum of nats."""
+    def _accumulate_gradients(self, passes: list[torch.Tensor]) -> float:
+        """Forward and backward over this rank's rows, a pass (n, T+1) at a time; the sum of nats."""
         precise = torch.float32 if self.device.type == "mps" else torch.float64
         nats = torch.zeros((), dtype=precise, device=self.device)
         weight = self.scaler.scale / self.recipe.total_batch_size
-        size = self.config.batch.device_batch_size
         try:
-            for first in range(0, len(batch.rows), size):
+            for held in passes:
                 self.memory.before_pass()
-                rows = self._to_device(batch.rows[first : first + size])
+                rows = held.to(self.device, non_blocking=True).long()
                 loss = self.forward(rows[:, :-1], rows[:, 1:], reduction="sum")
                 (loss * weight).backward()
                 nats += loss.detach()
@@ -203,14 +212,8 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            T = self.config.model.max_seq_len
+            T, size = self.config.model.max_seq_len, self.config.batch.device_batch_size
             raise out_of_memory(size, T, self.memory.read(), self.recipe.total_batch_size // T) from error
-
-    def _to_device(self, rows: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(rows.astype(np.int32))
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.long()
 
     def _schedule(self, step: int, lrm: float) -> None:
         N, optim = self.recipe.num_iterations, self.config.optim
@@ -280,9 +283,8 @@ class Trainer:
         self.saves.went_back(state.step if found else None)
         self.scaler = LossScaler.restore(self.resolved.dtype, state.loss_scale, state.loss_scale_good_steps)
         self.spikes = LossSpikes()
-        if isinstance(self.batches, Generator):
-            self.batches.close()
-        self.batches = self.around.open_batches(self.state)
+        self.feed.close()
+        self.feed = self._open_feed()
         self.report.line(
             f"warning: step {bad.step:05d}: {bad.reason}. Going back to step {state.step}; the batch at row {bad.cursor:,} "
             f"is left out from now on (rollback {len(skipped)} of at most {MAX_ROLLBACKS})"
@@ -339,6 +341,9 @@ class Trainer:
         if self.first_step:
             self.first_step = False
             self.around.after_first_step()
+            # What is there now stays: the collector, which stops all threads, need not look at it again.
+            gc.collect()
+            gc.freeze()
             self.report.note("first_step", step=step, step_time_s=self.state.step_time_s)
         if step % self.config.run.log_every == 0 or self.state.step == self.recipe.num_iterations:
             spread = self.stragglers.spread if self.stragglers else None
