@@ -37,6 +37,7 @@ def held_worker(step: int, file: Path) -> Callable[[dict[str, Any]], None]:
                 yield batch
 
         file.with_name(f"{file.name}.pid").write_text(str(os.getpid()))
+        stream.READ_TASKS_AT_ONCE = 1  # as many processes fewer to wait for
         stream.RankStream.batches = held
         train_worker(spec)
 

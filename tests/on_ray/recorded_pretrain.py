@@ -1,9 +1,9 @@
 """jobs/pretrain.py whose workers write down which rows each of them trained on, and take their time over it.
 
-    python recorded_pretrain.py FOLDER STEP_S [flags of jobs/pretrain.py]
+    python recorded_pretrain.py FOLDER STEP_S SILENT_S [flags of jobs/pretrain.py]
 
 A rank appends a line {cursor, rank, world_size, crc} to a file of its own for every batch: the row cursor before it, and
-the CRC-32 of its rows.
+the CRC-32 of its rows. A rank hangs when it has not been heard of for SILENT_S.
 """
 
 import runpy
@@ -39,6 +39,7 @@ def recording_worker(folder: Path, step_s: float) -> Callable[[dict[str, Any]], 
                     file.write(json.dumps(line) + "\n")
                     yield batch
 
+        stream.READ_TASKS_AT_ONCE = 1  # as many processes fewer to wait for
         stream.RankStream.batches = recorded
         train_worker(spec)
 
@@ -47,9 +48,10 @@ def recording_worker(folder: Path, step_s: float) -> Callable[[dict[str, Any]], 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from raychat.on_ray import crew
+    from raychat.on_ray import crew, supervisor
 
     crew.train_worker = recording_worker(Path(sys.argv[1]), float(sys.argv[2]))
+    supervisor.SILENT_S = float(sys.argv[3])
     job = ROOT / "jobs" / "pretrain.py"
-    sys.argv = [str(job), *sys.argv[3:]]
+    sys.argv = [str(job), *sys.argv[4:]]
     runpy.run_path(str(job), run_name="__main__")

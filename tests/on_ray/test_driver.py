@@ -222,19 +222,17 @@ def test_a_run_that_is_done_says_so_and_starts_nothing(whole, monkeypatch):
     assert changed in ([], [whole.folder])  # the lease came and went
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_the_number_of_workers_changes_losses_by_rounding_alone(whole, pair, run_here, world_size):
+def test_the_number_of_workers_changes_losses_by_rounding_alone(whole, pair):
     """The same rows in every global step; sums of another order differ in their last bits, which training amplifies.
 
-    Three ranks share eight rows unevenly.
+    Numbers that share the rows unevenly are in test_training.py and test_elastic.py.
     """
-    some = pair if world_size == 2 else run_here(model_tag="three", num_workers=3)
-    assert some.starts()[0]["world_size"] == world_size
-    assert some.summary.rows_consumed == whole.summary.rows_consumed
-    for (step, loss), (same_step, expected) in zip(some.curve(), whole.curve(), strict=True):
+    assert pair.starts()[0]["world_size"] == 2
+    assert pair.summary.rows_consumed == whole.summary.rows_consumed
+    for (step, loss), (same_step, expected) in zip(pair.curve(), whole.curve(), strict=True):
         assert step == same_step
         assert math.isclose(loss, expected, rel_tol=1e-3), (step, loss, expected)
-    assert math.isclose(some.summary.val_bpb, whole.summary.val_bpb, rel_tol=1e-3)
+    assert math.isclose(pair.summary.val_bpb, whole.summary.val_bpb, rel_tol=1e-3)
 
 
 def test_a_worker_that_is_killed_costs_the_steps_since_the_last_save(pair, run_here, monkeypatch, tmp_path):
@@ -316,11 +314,16 @@ def held(cluster, flags, environment, tmp_path):
         process.wait()
 
 
-def test_a_run_outlives_its_driver_and_an_order_to_stop(whole, run_here, held):
-    """The driver is killed before step 5, the next one is told to stop before step 7, and a third one goes on."""
+def test_a_run_outlives_its_driver_and_an_order_to_stop_and_has_one_driver_at_a_time(whole, run_here, held):
+    """The driver is killed before step 5, the next one is told to stop before step 7, and a third one goes on.
+
+    While the first one lives, any other is refused.
+    """
     tag = {"model_tag": "lives"}
     first = held(5, **tag)
     assert first.worker_is_alive()
+    with pytest.raises(RaychatError, match=f"Another driver is training in .*/lives: process {first.process.pid} on"):
+        run_here(**tag)
     first.process.kill()
     first.process.wait()
     wait_until(lambda: not first.worker_is_alive(), "end of a worker without a driver")
@@ -343,12 +346,6 @@ def test_a_run_outlives_its_driver_and_an_order_to_stop(whole, run_here, held):
     assert [start["resume_step"] for start in third.starts()] == [0, 4, stopped.step]
     for metric in ("train/loss", "val/bpb"):
         assert third.curve(metric) == whole.curve(metric)
-
-
-def test_a_second_driver_on_a_live_run_is_refused(held, run_here):
-    live = held(1, model_tag="live")
-    with pytest.raises(RaychatError, match=f"Another driver is training in .*/live: process {live.process.pid} on"):
-        run_here(model_tag="live")
 
 
 def test_what_a_worker_finds_wrong_ends_the_run_at_once(run_here, flags, prepared_base, tmp_path):
