@@ -23,7 +23,12 @@ KUBERAY_LABELS = {"ray.io/is-ray-node": "yes", "ray.io/cluster": None, "ray.io/n
 GCP_FIELDS: dict[str, Any] = {
     "machineType": str,
     "disks": [
-        {"boot": bool, "autoDelete": bool, "type": str, "initializeParams": {"diskSizeGb": int, "sourceImage": str}}
+        {
+            "boot": bool,
+            "autoDelete": bool,
+            "type": str,
+            "initializeParams": {"diskSizeGb": int, "diskType": str, "sourceImage": str},
+        }
     ],
     "scheduling": {
         "provisioningModel": ("SPOT", "STANDARD"),
@@ -82,8 +87,13 @@ def life_problems(config: Json) -> Iterator[str]:
         yield f"idle_timeout_minutes is to be at most {LONGEST_IDLE_MIN}"
     if config["provider"]["type"] == "aws" and config["provider"].get("cache_stopped_nodes", True):
         yield "cache_stopped_nodes keeps machines whose disks cost on"
+    if not any("RAYCHAT_POWER_OFF_S=" in command for command in config.get("worker_setup_commands", [])):
+        yield "machines whose head has gone are not ended"
     for name, group in config["available_node_types"].items():
         node = group["node_config"]
+        kept = config["provider"]["type"] == "aws" and node.get("InstanceInitiatedShutdownBehavior") != "terminate"
+        if group["resources"].get("GPU") and kept:
+            yield f"{name}: a machine that powers itself off stays, with its disk"
         disks = [
             (disk["Ebs"]["VolumeSize"], disk["Ebs"].get("DeleteOnTermination"))
             for disk in node.get("BlockDeviceMappings", [])
@@ -171,6 +181,11 @@ def launcher_problems(config: Json, prices: Mapping[str, Machine], run_instances
             problems += aws_field_problems(node, run_instances, name)
         else:
             problems += gcp_field_problems(node, GCP_FIELDS, name)
+            types = [disk["initializeParams"].get("diskType", "") for disk in node.get("disks", [])]
+            if not all(
+                kind.startswith(f"zones/{config['provider']['availability_zone']}/diskTypes/") for kind in types
+            ):
+                problems.append(f"{name}: a disk of no type is pd-standard, which GPU machines do not take")
             if is_spot("gcp", node) and node["scheduling"].get("instanceTerminationAction") != "DELETE":
                 problems.append(f"{name}: what is left of a spot machine that was taken costs on")
             if group["resources"].get("GPU") and "TERMINATE" not in str(node.get("scheduling")):
