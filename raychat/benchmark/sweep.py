@@ -62,18 +62,16 @@ def flags_of(case: Mapping[str, str]) -> list[str]:
 
 def measure(case: Mapping[str, str], command: Sequence[str], echo: Callable[[str], None]) -> dict[str, Any]:
     """The result of `command` with the flags of `case`; of one that failed, its `error`. What it prints goes to `echo`."""
-    process = subprocess.Popen(
-        [sys.executable, *command, *flags_of(case)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
     last = ""
-    try:
-        for line in process.stdout or ():
-            if last := line.rstrip("\n") or last:
-                echo(f"  {last}" if not last.startswith("{") else "  done")
-        code = process.wait()
-    finally:
-        process.kill()
-        process.wait()
+    command = [sys.executable, *command, *flags_of(case)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            for line in process.stdout or ():
+                if last := line.rstrip("\n") or last:
+                    echo(f"  {last}" if not last.startswith("{") else "  done")
+            code = process.wait()
+        finally:
+            process.kill()  # a sweep that is interrupted leaves nothing behind
     if code:
         return {"case": dict(case), "error": last or f"exit code {code}"}
     return {"case": dict(case), **json.loads(last)}
