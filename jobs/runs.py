@@ -22,7 +22,7 @@ from raychat.tracking.run_table import default_base_dir, format_table, is_live, 
 from raychat.tracking.search_table import format_searches, read_search_row, search_dirs
 from raychat.tracking.shipping_state import FILE_NAME, ShippingState
 from raychat.tracking.tracking_uri import openable
-from raychat.uris import public_uri
+from raychat.uris import check_place, public_uri
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 def runs_in(place: str, *, whole: bool) -> AbstractContextManager[list[Path]]:
     """The run directories in a folder, or copies of those in an object store."""
+    check_place(place)
     if "://" not in place:
         return nullcontext(run_dirs(Path(place).expanduser()))
     from raychat.storage import Store  # pyarrow: the runs in a folder are listed without it

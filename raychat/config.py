@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from raychat.checks import check_batch, did_you_mean, not_negative, positive, positive_or_minus_one, require
 from raychat.errors import ConfigError
-from raychat.uris import public_uri
+from raychat.uris import check_place, public_uri
 
 DEFAULT_WARMUP_STEPS = 40
 OBJECT_STORES = ("s3", "gs")
@@ -88,6 +88,7 @@ class RunSettings:
             f"--base-dir {self.base_dir!r} is no folder of a file system: give a folder that all nodes share, and the "
             "object store as --storage-path.",
         )
+        check_place(self.storage_path)
         scheme = self.storage_path.partition("://")[0] if "://" in self.storage_path else "s3"
         require(
             scheme in OBJECT_STORES,

@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 
 from raychat.atomic import crc32, sync_folder
 from raychat.errors import ConfigError
-from raychat.uris import public_uri
+from raychat.uris import check_place, public_uri
 
 BLOCK = 1 << 22  # bytes read or written at a time
 CONNECT_S, SILENCE_S, ATTEMPTS = 5.0, 10.0, 3  # a call to an object store ends within about a minute
@@ -55,6 +55,7 @@ class Store(ABC):
         """
         if isinstance(place, Store):
             return place
+        check_place(str(place))
         if "://" not in str(place):
             return _Folder(str(Path(place).expanduser().absolute()))
         _check_uri(str(place))

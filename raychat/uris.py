@@ -3,6 +3,8 @@
 import re
 from urllib.parse import urlsplit
 
+from raychat.errors import ConfigError
+
 HIDDEN = "..."
 """stands for a secret"""
 _NAMED_SECRET = r"[^=&]*(?:secret|token|password|signature|sig|key)[^=&]*="
@@ -11,6 +13,16 @@ _MARKED = re.compile(rf"[?&]{_NAMED_SECRET}{re.escape(HIDDEN)}(?:[&#]|$)", re.IG
 _URI = re.compile(r"[^\s'\"<>()]+://[^\s'\"<>()]+")
 _USER = re.compile(r"://[^/?#]*@")
 _OPTION = re.compile(rf"(?<=[?&]){_NAMED_SECRET}[^&#]*&?", re.IGNORECASE)
+
+
+def check_place(place: str) -> None:
+    """Raises ConfigError for `s3:/bucket` and the like, which would otherwise be a folder of that name on this machine."""
+    if mistyped := re.match(r"(s3|gs):(?!//)/?(.*)", place):
+        scheme, rest = mistyped.groups()
+        raise ConfigError(
+            f"{place!r} is neither an object store, which begins with {scheme}://, nor a plain folder: write "
+            f"{scheme}://{rest or 'BUCKET/FOLDER'}, or ./{place} for a folder of this name."
+        )
 
 
 def public_uri(uri: str) -> str:

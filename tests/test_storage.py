@@ -117,6 +117,8 @@ def test_file_that_cannot_be_written_whole_is_not_there(tmp_path, monkeypatch):
         ("file:///tmp/x", "give a folder, s3://"),
         ("https://host/x", "give a folder, s3://"),
         ("s3:///x", "names no bucket"),
+        ("s3:/bucket/x", "write s3://bucket/x, or ./s3:/bucket/x"),
+        ("gs:bucket", "write gs://bucket"),
         ("s3://bucket/x?endpoint=1", "the option endpoint is not known"),
     ],
 )
