@@ -14,12 +14,13 @@ from raychat.on_ray import cluster as clusters
 from raychat.on_ray.cluster import ENVIRONMENT, Cluster
 
 CPUS = 4
+EXPORT_S = 2.0  # between two reports of a process's metrics; of 10 s, as Ray has it
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[Cluster]:
-    """A cluster of `CPUS` CPUs, more than the machine may have, with a dashboard. Other processes can join it.
+    """A cluster of `CPUS` CPUs, more than the machine may have. Other processes can join it.
 
     They find its address in `cluster.address`, and in the environment that it asks for a token.
     """
@@ -27,6 +28,7 @@ def cluster() -> Iterator[Cluster]:
     patch.delenv("RAY_ADDRESS", raising=False)
     for name, value in ENVIRONMENT.items():
         patch.setenv(name, value)
+    patch.setenv("RAY_metrics_report_interval_ms", f"{1000 * EXPORT_S:.0f}")
     # Ray turns authentication on for itself, in the environment, where clients that are given an address find it.
     patch.setenv("RAY_AUTH_MODE", "")
     patch.delenv("RAY_AUTH_MODE")
@@ -35,11 +37,11 @@ def cluster() -> Iterator[Cluster]:
         num_cpus=CPUS,
         num_gpus=0,
         object_store_memory=2**28,
-        include_dashboard=True,
+        include_dashboard=False,
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
-    yield Cluster(ray.get_runtime_context().gcs_address, f"http://{context.dashboard_url}", started_here=True)
+    yield Cluster(ray.get_runtime_context().gcs_address, context.dashboard_url or "", started_here=True)
     ray.shutdown()
     patch.undo()
 

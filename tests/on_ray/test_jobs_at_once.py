@@ -3,7 +3,7 @@
 They share machines, base directory and storage, and must end alike: same settings, same losses.
 """
 
-import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from on_ray.conftest import ROOT
 from on_ray.heads import RAY, as_arguments
+from on_ray.spied_checkout import copy_checkout
 from raychat.config import Config
 from raychat.tracking.journal import read_events, read_journal
 from raychat.tracking.summary import Summary
@@ -22,7 +24,7 @@ from raychat.tracking.summary import Summary
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 STEPS = 60
-STOP_WAIT = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
+STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
 
 # Added to the copy that is uploaded: it is slow while a file is there, and finished soon when it is not.
 PACE = """
@@ -74,22 +76,14 @@ def config(tiny_flags, prepared_base, tmp_path) -> Callable[[str], Config]:
 
 
 @pytest.fixture
-def job(job_server, environment, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """`ray job ...`, from a folder that is no checkout."""
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-        known = environment | {"RAY_API_SERVER_ADDRESS": job_server}
-        return subprocess.run(
-            [RAY, "job", *arguments], env=known, cwd=tmp_path, capture_output=True, text=True, timeout=280
-        )
-
-    return run
+def jobs(job_server) -> JobSubmissionClient:
+    return JobSubmissionClient(job_server)
 
 
-def command(config: Config) -> list[str]:
+def command(config: Config) -> str:
     """What the user types after --."""
     given = {name: value for name, value in config.flat().items() if value != Config().flat()[name]}
-    return [sys.executable, "jobs/pretrain.py", *as_arguments(given)]
+    return shlex.join([sys.executable, "jobs/pretrain.py", *as_arguments(given)])
 
 
 def curve(config: Config) -> list[tuple[int, float]]:
@@ -103,25 +97,23 @@ def wait(what: str, condition: Callable[[], object], logs: Callable[[], str]) ->
         time.sleep(0.2)
 
 
-def test_two_jobs_at_once_do_not_meet_and_one_is_stopped_and_goes_on(job, config, upload, slow):
+def test_two_jobs_at_once_do_not_meet_and_one_is_stopped_and_goes_on(jobs, config, upload, slow):
     one, other = config("one"), config("other")
 
     def logs() -> str:
-        return "\n".join(job("logs", name).stdout[-3000:] for name in ("one", "other"))
+        return "\n".join(jobs.get_job_logs(name)[-3000:] for name in ("one", "other"))
 
-    first = job(
-        "submit", "--no-wait", "--submission-id=one", "--working-dir", upload, "--runtime-env-json", STOP_WAIT, "--",
-        *command(one),
-    )  # fmt: skip
-    assert first.returncode == 0, first.stdout + first.stderr
-    second = job("submit", "--no-wait", "--submission-id=other", "--", *command(other))
-    assert second.returncode == 0, second.stdout + second.stderr
+    def status(name: str) -> JobStatus:
+        return jobs.get_job_status(name)
 
+    uploaded = {"working_dir": str(upload), "env_vars": STOP_WAIT}
+    jobs.submit_job(entrypoint=command(one), submission_id="one", runtime_env=uploaded)
+    jobs.submit_job(entrypoint=command(other), submission_id="other")
     wait("both train", lambda: all((c.run_dir / "metrics.jsonl").exists() and curve(c) for c in (one, other)), logs)
-    stopped = job("stop", "one")
-    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    assert "Job 'one' was stopped" in stopped.stdout + stopped.stderr
-    log, at = job("logs", "one").stdout, Summary.read(one.run_dir / "summary.json")
+    assert jobs.stop_job("one")
+    wait("it is stopped", lambda: status("one").is_terminal(), logs)
+    assert status("one") == JobStatus.STOPPED
+    log, at = jobs.get_job_logs("one"), Summary.read(one.run_dir / "summary.json")
     assert at.status == "stopped", log
     assert 0 < at.step < STEPS
     assert at.checkpoint == str(one.run_dir / "checkpoints" / f"step_{at.step:08d}")
@@ -129,9 +121,11 @@ def test_two_jobs_at_once_do_not_meet_and_one_is_stopped_and_goes_on(job, config
     assert f"stopped: step {at.step} of {STEPS}" in log
 
     slow.unlink()
-    again = job("submit", "--working-dir", upload, "--", *command(one))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert f"finished: step {STEPS} of {STEPS}" in again.stdout
+    jobs.submit_job(entrypoint=command(one), submission_id="again", runtime_env=uploaded)
+    wait("it goes on to its end", lambda: status("again").is_terminal(), lambda: jobs.get_job_logs("again"))
+    again = jobs.get_job_logs("again")
+    assert status("again") == JobStatus.SUCCEEDED, again
+    assert f"finished: step {STEPS} of {STEPS}" in again
     starts = [event for event in read_events(one.run_dir / "metrics.jsonl") if event["event"] == "start"]
     assert [(start["resume_step"], start["replayed"]) for start in starts] == [(0, 0), (at.step, 0)]
 
@@ -142,9 +136,25 @@ def test_two_jobs_at_once_do_not_meet_and_one_is_stopped_and_goes_on(job, config
     assert len(curve(one)) == STEPS
 
 
-def test_a_job_that_fails_says_so(job, config):
-    """Its exit code is the command line's, whatever it was, and the last line of the log names the mistake."""
-    failed = job("submit", "--", *command(Config.from_flat({"corpus": "/nowhere"}, base=config("failed"))))
+def test_a_job_that_fails_says_so(job_server, environment, config, tmp_path):
+    """Its exit code is the command line's, whatever it was, and the last line of the log names the mistake.
+
+    It is submitted as the README has it: what ran is the folder that was packed.
+    """
+    checkout = copy_checkout(tmp_path)
+    mistaken = shlex.split(command(Config.from_flat({"corpus": "/nowhere"}, base=config("failed"))))
+    known = environment | {"RAY_API_SERVER_ADDRESS": job_server}
+    failed = subprocess.run(
+        [RAY, "job", "submit", "--working-dir", checkout.root, "--", *mistaken],
+        env=known,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert failed.returncode == 1
     assert "error: there is no /nowhere" in failed.stdout
     assert "failed" in failed.stderr + failed.stdout
+    (unpacked,) = checkout.roots()
+    assert "/working_dir_files/" in unpacked
+    assert checkout.who_ran(unpacked) == {"run_job"}

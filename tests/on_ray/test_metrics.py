@@ -8,6 +8,7 @@ import time
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -15,16 +16,16 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from runs import open_session
 
-from on_ray.conftest import ROOT
+from on_ray.conftest import EXPORT_S, ROOT
 from raychat.config import Config
 from raychat.on_ray import driver, gauges
 from raychat.on_ray.gauges import METRICS, RunGauges
 from raychat.tracking.journal import read_journal
+from raychat.tracking.summary import Summary
 from raychat.training.events import Metrics, Note
 
 GRAFANA = ROOT / "cluster" / "grafana"
 STEPS = 8
-EXPORT_S = 10.0  # Ray's, of every process
 NEVER_ON_A_CPU = {"raychat_mfu_percent"}
 OF_RAY = {
     "ray_node_gpus_utilization",
@@ -90,32 +91,20 @@ class Broken:
 
 
 @pytest.fixture(scope="module")
-def flags(tiny_flags, prepared_base, tmp_path_factory):
+def run(connected, tiny_flags, prepared_base, tmp_path_factory) -> tuple[Summary, list[dict[str, Any]], Scraper]:
+    """A run with a driver in this process: what it left, and what was scraped meanwhile."""
     own = {"base_dir": str(prepared_base), "storage_path": str(tmp_path_factory.mktemp("metrics") / "runs")}
-    return tiny_flags | own | {"num_iterations": STEPS, "price_per_hour": 36.0, "budget_usd": 100.0}
-
-
-@pytest.fixture(scope="module")
-def runs(connected, flags):
-    """Two runs with drivers in this process, the second one with metrics that fail; what was scraped meanwhile."""
-    made = {}
+    own |= {"model_tag": "seen", "num_iterations": STEPS, "price_per_hour": 36.0, "budget_usd": 100.0}
+    config = Config.from_flat(tiny_flags | own)
     with Scraper() as scraper:
-        for tag in ("seen", "blind"):
-            config = Config.from_flat(flags | {"model_tag": tag})
-            with pytest.MonkeyPatch.context() as patch:
-                if tag == "blind":
-                    patch.setattr(gauges, "Gauge", Broken)
-                made[tag] = driver.run(config, echo=lambda line: None), read_journal(config.run_dir / "metrics.jsonl")
-            if tag == "seen":
-                ended = time.monotonic()
-        time.sleep(max(0.0, ended + EXPORT_S + 2.0 - time.monotonic()))  # the last values are on their way
-    return made, scraper
+        summary = driver.run(config, echo=lambda line: None)
+        time.sleep(EXPORT_S + 2.0)  # the last values are on their way
+    return summary, read_journal(config.run_dir / "metrics.jsonl"), scraper
 
 
 @pytest.mark.ray
-def test_the_endpoint_shows_the_numbers_of_the_journal(runs):
-    made, scraper = runs
-    summary, records = made["seen"]
+def test_the_endpoint_shows_the_numbers_of_the_journal(run):
+    summary, records, scraper = run
     shown = scraper.last("seen")
     assert {name.removeprefix("ray_") for name in shown} == METRICS.keys() - NEVER_ON_A_CPU
     newest = {key: value for record in records for key, value in record.items()}
@@ -140,25 +129,13 @@ def test_the_endpoint_shows_the_numbers_of_the_journal(runs):
 
 
 @pytest.mark.ray
-def test_runs_of_one_cluster_are_told_apart_and_gpus_that_are_not_there_show_nothing(runs):
-    _, scraper = runs
-    assert "blind" not in scraper.seen  # whose gauges failed, at the same node and in the same process
+def test_metrics_say_whose_they_are_and_gpus_that_are_not_there_show_nothing(run):
+    _, _, scraper = run
     session = ray.get_runtime_context().get_session_name()
     assert all({"run", "WorkerId", "NodeAddress"} <= labels.keys() for labels in scraper.labels)
     assert {labels["SessionName"] for labels in scraper.labels} == {session}
     assert "ray_node_cpu_utilization" in scraper.names
     assert not scraper.names & OF_RAY
-
-
-@pytest.mark.ray
-def test_a_run_whose_metrics_fail_comes_to_the_same_numbers(runs):
-    made, _ = runs
-    curves = [
-        [(record["step"], record.get("train/loss"), record.get("val/bpb")) for record in records]
-        for _, records in made.values()
-    ]
-    assert curves[0] == curves[1]
-    assert [summary.status for summary, _ in made.values()] == ["finished", "finished"]
 
 
 class Recorder:
@@ -242,6 +219,21 @@ def test_the_price_of_all_that_is_small_and_paid_seldom(session, recorded):
     assert sum(name == "raychat_workers" for name, _, _ in Recorder.set_to) == 1
     told.end()
     assert sum(name == "raychat_workers" for name, _, _ in Recorder.set_to) == 2
+
+
+def test_metrics_that_fail_are_warned_of_once_and_disturb_nothing(session, monkeypatch, caplog):
+    monkeypatch.setattr(gauges, "Gauge", Broken)
+    monkeypatch.setattr(gauges, "REFRESH_S", 0.0)
+    session.begin_attempt()
+    told = RunGauges(session)
+    for number in range(3):
+        told.told(step(number))
+        told.keep(workers=1)
+    monkeypatch.setattr(gauges, "of_run", Broken().set)
+    told.keep(workers=1)
+    told.end()
+    [warning] = [record.getMessage() for record in caplog.records if record.name == gauges.__name__]
+    assert "no metrics today" in warning
 
 
 def names_in(expression: str) -> set[str]:

@@ -1,16 +1,15 @@
 """`jobs/submit.py` against a real job server: killed jobs come again, followers come and go, stops wait for the save."""
 
 import re
-import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from on_ray.conftest import ROOT
 from on_ray.heads import as_arguments
+from on_ray.spied_checkout import SpiedCheckout, copy_checkout
 from raychat.tracking.summary import Summary
 
 pytestmark = pytest.mark.ray
@@ -59,20 +58,19 @@ def submit(job_server, environment):
 
 
 @pytest.fixture
-def code(tmp_path) -> Path:
+def checkout(tmp_path) -> SpiedCheckout:
     """A copy of the checkout with the stand-in, which counts its starts in the file `starts` beside it."""
-    copy = tmp_path / "code"
-    for folder in ("raychat", "jobs"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    job = copy / "jobs" / "pretrain.py"
+    copy = copy_checkout(tmp_path)
+    job = copy.root / "jobs" / "pretrain.py"
     job.rename(job.with_name("real_pretrain.py"))
     job.write_text(STAND_IN.format(starts=str(tmp_path / "starts")))
     return copy
 
 
-def test_a_killed_job_comes_again_and_a_stopped_one_has_saved(submit, code, tmp_path, tiny_flags):
+def test_a_killed_job_comes_again_and_a_stopped_one_has_saved(submit, checkout, tmp_path, tiny_flags):
+    """Driver, data tasks and training worker import what was uploaded."""
     base = tmp_path / "base"
-    flags = ["--working-dir", code, "--", *as_arguments(tiny_flags | {"base_dir": base})]
+    flags = ["--working-dir", checkout.root, "--", *as_arguments(tiny_flags | {"base_dir": base})]
 
     kept = submit("--keep-alive", *flags)
     told, _ = kept.communicate(timeout=250)
@@ -82,6 +80,9 @@ def test_a_killed_job_comes_again_and_a_stopped_one_has_saved(submit, code, tmp_
     assert "succeeded: the run is finished" in told
     assert Summary.read(base / "runs" / "d2" / "summary.json").status == "finished"
     assert (tmp_path / "starts").read_text() == "xx"
+    (unpacked,) = checkout.roots()
+    assert "/working_dir_files/" in unpacked
+    assert checkout.who_ran(unpacked) == {"run_job", "make_shard", "train_worker", "read_block"}
 
     follower = submit(*flags)
     lines = iter(follower.stdout.readline, "")
