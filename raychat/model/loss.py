@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from raychat.planning.activations import loss_chunk_rows
+
 SOFTCAP = 15.0
 IGNORE = -1  # target of a position that does not count
 Reduction = Literal["mean", "sum", "none"]
@@ -47,7 +49,7 @@ def chunked(
     chunk_rows: int | None = None,
     slopes: "Slopes | None" = None,
 ) -> Float[Tensor, "..."]:
-    """The same as `full` up to rounding, `chunk_rows` rows at a time (default: 1024 on an accelerator, 256 on a CPU).
+    """The same as `full` up to rounding, `chunk_rows` rows at a time (default: what suits the device).
 
     `slopes` computes what `nats_and_slopes` does, in another way.
 
@@ -58,7 +60,7 @@ def chunked(
     if grad and reduction == "none":
         return full(x, weight, targets, vocab_size, reduction)
     rows, goals = x.flatten(0, -2), targets.flatten().long()
-    size = chunk_rows or (256 if x.device.type == "cpu" else 1024)
+    size = chunk_rows or loss_chunk_rows(vocab_size, x.device.type)
     if grad:
         total = _ChunkedNats.apply(rows, weight, goals, vocab_size, size, slopes or nats_and_slopes)
     else:

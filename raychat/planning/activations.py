@@ -14,7 +14,14 @@ from raychat.planning.scaling import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, ModelS
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BAND = 128  # queries per block of windowed attention without flash (raychat/model/attention.py)
-CHUNK_ROWS = {"cpu": 256, "cuda": 1024}  # of the chunked loss (raychat/model/loss.py)
+CHUNK_LOGITS = 2**22  # of the chunked loss on a CPU: 16 MiB in float32, which caches hold (docs/speed.md)
+LEAST_CHUNK = 64  # rows: with fewer, the head's gradient is gone over too often
+CUDA_CHUNK = 1024
+
+
+def loss_chunk_rows(vocab_size: int, device: str) -> int:
+    """Rows of the logits that the chunked loss works on at a time (raychat/model/loss.py)."""
+    return max(LEAST_CHUNK, CHUNK_LOGITS // vocab_size) if device == "cpu" else CUDA_CHUNK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +146,7 @@ def logits_bytes(run: TrainingPass) -> tuple[int, int]:
     if run.loss == "full":
         cast = run.casts(V * shape.n_embd)
         return (e if run.compiled else 16) * run.tokens * V + cast, cast
-    chunk = min(CHUNK_ROWS[run.device], run.tokens) * V
+    chunk = min(loss_chunk_rows(V, run.device), run.tokens) * V
     ahead = run.stream + 4 * head
     eager = 16 if e == 4 else 20  # bytes: three or four float32 tensors of a chunk, and two 16-bit ones
     walking = chunk * (2 * e if run.compiled else eager) + 2 * run.casts(head)
