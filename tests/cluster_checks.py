@@ -265,6 +265,8 @@ def cluster_problems(spec: Json) -> list[str]:
         or not pod.get("nodeSelector")
     ):
         problems.append("the head is on a spot machine, or takes a GPU")
+    if not pod.get("shareProcessNamespace"):
+        problems.append("head: jobs that have ended stay as zombies, for which `ray job stop` waits")
     priorities: dict[bool, list[int]] = {True: [], False: []}
     for group in spec["workerGroupSpecs"]:
         name, own = group["groupName"], group["template"]["spec"]

@@ -290,6 +290,7 @@ def test_errors_planted_in_the_cluster_are_found():
         lambda spec, group, pod: pods(spec)[0]["nodeSelector"].update({"cloud.google.com/gke-provisioning": "spot"}),
         "head",
     )
+    planted(lambda spec, group, pod: pods(spec)[0].pop("shareProcessNamespace"), "zombies")
     planted(lambda spec, group, pod: pod.update(terminationGracePeriodSeconds=30), "killed before")
     planted(lambda spec, group, pod: pod["containers"][0]["lifecycle"].pop("preStop"), "killed before")
     planted(
