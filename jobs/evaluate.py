@@ -143,7 +143,7 @@ def request(options: argparse.Namespace, source: "Source", kinds: tuple[str, ...
         core=core,
         tokens_dir=find_tokens(source, base_dir=options.base_dir, given=options.tokens) if "bpb" in kinds else "",
         eval_tokens=config.eval.eval_tokens,
-        device_batch_size=config.batch.device_batch_size if size == -1 else size,
+        device_batch_size=config.batch.sequences if size == -1 else size,
         device_type=options.device_type,
         dtype=options.dtype,
     )

@@ -20,6 +20,7 @@ from raychat.uris import check_place, public_uri
 DEFAULT_WARMUP_STEPS = 40
 OBJECT_STORES = ("s3", "gs")
 BESIDE_RUNS = ("tokens", "tokenizers")
+NUMBER_OR_AUTO = ("device_batch_size", "save_every", "num_workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,14 +204,27 @@ class HorizonSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    device_batch_size: int = 32
-    """sequences per forward pass on one device"""
+    device_batch_size: Literal["auto"] | int = 32
+    """sequences per forward pass on one device; auto: the most that fit, tried out on a GPU once, by a rule on a CPU"""
     total_batch_size: int = -1
     """tokens per optimizer step over all devices; -1: from the scaling law"""
 
     def __post_init__(self) -> None:
-        positive(self, "device_batch_size")
+        if self.device_batch_size != "auto":
+            positive(self, "device_batch_size")
         positive_or_minus_one(self, "total_batch_size")
+
+    @property
+    def sequences(self) -> int:
+        """`device_batch_size` as a number. Raises ValueError while it is `auto`: plans and runs put a number in its place."""
+        if self.device_batch_size == "auto":
+            raise ValueError("device_batch_size is auto still, where a number is needed")
+        return self.device_batch_size
+
+    @property
+    def step_of_passes(self) -> int:
+        """Sequences that a total batch has to be a multiple of: any will do while they are not known."""
+        return 1 if self.device_batch_size == "auto" else self.device_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,7 +452,7 @@ class Config:
         T = self.model.max_seq_len
         total = self.batch.total_batch_size
         if total != -1:
-            check_batch(total, self.batch.device_batch_size, T)
+            check_batch(total, self.batch.step_of_passes, T)
         require(
             self.eval.eval_every == -1 or self.eval.eval_tokens >= T,
             f"--eval-tokens {self.eval.eval_tokens} is less than one sequence of {T} tokens.",
@@ -523,10 +537,9 @@ def _typed(leaf: "dataclasses.Field[Any]", value: Any) -> Any:
     elif isinstance(default, float):
         good = isinstance(value, int | float) and not isinstance(value, bool)
         value = float(value) if good else value
-    elif isinstance(default, int):
+    elif isinstance(default, int) or leaf.name in NUMBER_OR_AUTO:
         good = isinstance(value, int) and not isinstance(value, bool)
-    elif default == "auto" and leaf.name in ("save_every", "num_workers"):
-        good = value == "auto" or (isinstance(value, int) and not isinstance(value, bool))
+        good = good or (value == "auto" and leaf.name in NUMBER_OR_AUTO)
     else:
         good = isinstance(value, str)
         choices = getattr(leaf.type, "__args__", None)

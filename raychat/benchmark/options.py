@@ -26,9 +26,15 @@ def prepared(config: Config, world_size: int) -> Config:
     """`config` as it is measured: nothing but steps, and one pass of every rank a step unless a total batch is given."""
     T, size = config.model.max_seq_len, config.batch.device_batch_size
     total = config.batch.total_batch_size
+    if total == -1:
+        require(
+            size != "auto",
+            "--device-batch-size auto needs --total-batch-size here: a step of the benchmark is one pass unless that is given.",
+        )
+        total = config.batch.sequences * T * world_size
     return Config.from_flat(
         {
-            "total_batch_size": size * T * world_size if total == -1 else total,
+            "total_batch_size": total,
             "run": "dummy",
             "eval_every": -1,
             "core_metric_every": -1,

@@ -18,13 +18,13 @@ from raychat.data.batches import Batch
 from raychat.data.order import lanes_for
 from raychat.data.prepare import make_in_process, prepare
 from raychat.data.tokenizer import Tokenizer, byte_tokenizer
-from raychat.model import GPT, fp8
+from raychat.model import GPT
 from raychat.optim import MuonAdamW
 from raychat.planning import model_shape, recipe
 from raychat.planning.scaling import causal_flops_per_token
 from raychat.storage import Store
 from raychat.training.attention_choice import with_attention
-from raychat.training.build import build_model, build_optimizer_of, device_of
+from raychat.training.build import build_training, device_of, settle_device_batch
 from raychat.training.compile_cache import CompileCache
 from raychat.training.device import Resolved, peak_memory_bytes, resolve
 from raychat.training.events import Event, Line, Metrics
@@ -72,6 +72,7 @@ class Bench:
         if resolved.compile:
             CompileCache(config.base_dir, Store.of(config.run_uri), resolved.device_name).use()
         run, tokenizer = recipe(config), byte_tokenizer()
+        config, resolved = settle_device_batch(config, run, resolved, world, echo)
         per_batch = run.total_batch_size // config.model.max_seq_len
         ranks = {"rank": world.rank, "world_size": world.world_size}
         if options.rows:
@@ -100,18 +101,15 @@ class Bench:
                     )
                 )
 
-        model = build_model(config, resolved, device_of(resolved, world))
+        made = build_training(config, run, resolved, device_of(resolved, world))
         if options.init:
-            load_weights(options.init, model)
-        optimizer = build_optimizer_of(config, run, model)
-        if config.precision.fp8:
-            fp8.fp8_training(model, config.precision.fp8_recipe)
+            load_weights(options.init, made.model)
         return Bench(
             config=config,
             resolved=resolved,
             world=world,
-            model=model,
-            optimizer=optimizer,
+            model=made.model,
+            optimizer=made.optimizer,
             tokenizer=tokenizer,
             open_batches=open_batches,
         )

@@ -33,7 +33,7 @@ def format_plan(plan: dict[str, Any]) -> str:
     """The whole plan, a section after the other."""
     sections = {
         "model": _model(plan["model"]),
-        "batch": _batch(plan["batch"], plan["target"]["workers"]),
+        "batch": _batch(plan["batch"], plan["target"]),
         "rates": _rates(plan["rates"]),
         "horizon": _horizon(plan["horizon"]),
         "machine": [_machine(plan["target"])],
@@ -139,7 +139,8 @@ def _model(model: dict[str, Any]) -> list[str]:
     ]
 
 
-def _batch(batch: dict[str, Any], workers: int) -> list[str]:
+def _batch(batch: dict[str, Any], target: dict[str, Any]) -> list[str]:
+    workers, on_cpu = target["workers"], target["device"] == "cpu"
     most = "" if batch["rows_per_rank"] * workers == batch["rows"] else "at most "
     ranks = "" if workers == 1 else f", {most}{batch['rows_per_rank']:,} on each device"
     differ = len({size["step_s"][1] for size in batch["sizes"] if size["step_s"]}) > 1
@@ -161,6 +162,9 @@ def _batch(batch: dict[str, Any], workers: int) -> list[str]:
         f"{plural(batch['passes'], 'pass', 'passes')} of {batch['device_batch_size']} ({batch['tokens_per_pass']:,} tokens)",
         *columns(rows, left={4}),
     ]
+    if batch.get("by_forecast"):
+        size = f"--device-batch-size auto: {batch['device_batch_size']}"
+        lines.append(f"  {size} is a forecast" + ("" if on_cpu else "; the run tries out what fits its GPU"))
     return [*lines, f"  {batch['impossible']}"] if batch["impossible"] else lines
 
 

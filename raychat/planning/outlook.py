@@ -14,6 +14,8 @@ from raychat.planning.target import Target, plan_compiled, plan_dtype, plan_loss
 # Resident memory of a run on a CPU that a process with torch alone has not: pyarrow, tiktoken, on Ray its worker. Seen
 # in runs of 0.5 to 1 GB: 40 to 110 MB without Ray, 160 to 190 MB on it (docs/memory.md).
 LIBRARIES = 140_000_000
+# Sequences of a pass that `auto` takes on a CPU at most: docs/memory.md has the speeds.
+CPU_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ def look_ahead(
 ) -> Outlook:
     """The forecasts of `config` on `target`. `data` is a forecast that is known already, for the same tokens."""
     refuse_fp8(config, target)
+    config = settled(config, target)
     recipe = scaling.recipe(config)
     data = data or forecast_data(config, recipe, with_gpus=target.device == "cuda")
     time = forecast_time(
@@ -50,7 +53,7 @@ def memory_of(config: Config, target: Target, *, loss: Literal["full", "chunked"
     """Memory of one rank; `loss` instead of the one that the run would choose."""
     return forecast_memory(
         scaling.model_shape(config.model),
-        device_batch_size=config.batch.device_batch_size,
+        device_batch_size=settled(config, target).batch.sequences,
         **_memory_settings(config, target, loss),
     )
 
@@ -63,6 +66,18 @@ def largest_that_fits(config: Config, target: Target, *, loss: Literal["full", "
     rows = scaling.recipe(config).total_batch_size // config.model.max_seq_len
     settings = _memory_settings(config, target, loss)
     return largest_batch(scaling.model_shape(config.model), rows=rows, memory_bytes=memory, **settings)
+
+
+def settled(config: Config, target: Target) -> Config:
+    """`config` with a number in the place of `--device-batch-size auto`, by the forecast of memory; 1 where none is known.
+
+    A run on a CPU takes this number; one on a GPU begins with it to try what fits.
+    """
+    if config.batch.device_batch_size != "auto":
+        return config
+    most = largest_that_fits(config, target) or 1
+    size = min(most, CPU_BATCH) if target.device == "cpu" else most
+    return Config.from_flat({"device_batch_size": size}, base=config)
 
 
 def batch_sizes(config: Config, target: Target) -> list[int]:

@@ -65,7 +65,7 @@ def _rate(
         target.gpu,
         shape.n_layer,
         fp8=config.precision.fp8,
-        device_batch_size=min(config.batch.device_batch_size, most),
+        device_batch_size=min(config.batch.sequences, most),
         sequence_len=shape.sequence_len,
         dtype=dtype,
         user_mfu=config.plan.mfu,

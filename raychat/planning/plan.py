@@ -25,6 +25,7 @@ from raychat.planning.outlook import (
     look_ahead,
     memory_of,
     rank_memory,
+    settled,
 )
 from raychat.planning.ranges import Range
 from raychat.planning.target import Target, plan_compiled, plan_dtype, plan_loss, resolve_target
@@ -41,11 +42,13 @@ def make_plan(config: Config, *, target: Target | None = None, measured: Measure
     machine); `measured` takes the place of the forecasts that it measured. Raises ConfigError for what cannot be.
     """
     target = target or resolve_target(config)
+    by_forecast = config.batch.device_batch_size == "auto"
+    config = settled(config, target)
     shape = scaling.model_shape(config.model)
     outlook = look_ahead(config, target, measured)
     return {
         "model": _model(config, shape, outlook.recipe),
-        "batch": _batch(config, shape, outlook, target),
+        "batch": _batch(config, shape, outlook, target) | {"by_forecast": by_forecast},
         "rates": _rates(config, shape, outlook.recipe),
         "horizon": _horizon(shape, outlook.recipe),
         "target": plain(target),
@@ -146,7 +149,7 @@ def _model(config: Config, shape: scaling.ModelShape, recipe: scaling.Recipe) ->
 
 
 def _batch(config: Config, shape: scaling.ModelShape, outlook: Outlook, target: Target) -> dict[str, Any]:
-    T, chosen, recipe = shape.sequence_len, config.batch.device_batch_size, outlook.recipe
+    T, chosen, recipe = shape.sequence_len, config.batch.sequences, outlook.recipe
     rows = recipe.total_batch_size // T
     rank_rows = -(-rows // target.workers)
     dividing = [2**k for k in range(rows.bit_length()) if rows % 2**k == 0]
@@ -279,6 +282,6 @@ def _exchange(outlook: Outlook, shape: scaling.ModelShape, target: Target) -> di
 def _time(config: Config, outlook: Outlook, target: Target) -> dict[str, Any] | None:
     if outlook.time is None:
         return None
-    tokens_per_pass = config.batch.device_batch_size * config.model.max_seq_len
+    tokens_per_pass = config.batch.sequences * config.model.max_seq_len
     passes = config.eval.eval_tokens / tokens_per_pass / target.workers
     return plain(outlook.time) | {"total": outlook.time.total.as_list(), "eval_passes": max(1, round(passes))}

@@ -71,6 +71,8 @@ def propose(config: Config, *, target: Target, hours: float, pins: Set[str] = fr
     """
     refuse_fp8(config, target)
     pinned = frozenset(pins) & DECIDED
+    if config.batch.device_batch_size == "auto":
+        pinned -= {"device_batch_size"}
     budget = _Budget(target=target, hours=hours, pins=pinned)
     depth = config.model.depth if "depth" in pinned else budget.deepest(config)
     chosen = budget.candidate(config, depth)

@@ -56,7 +56,7 @@ def summary(candidate: Candidate) -> str:
     """Depth, batch and horizon in words."""
     config, recipe = _known(candidate)
     return (
-        f"depth {candidate.depth}, {plural(config.batch.device_batch_size, 'sequence', 'sequences')} a pass, "
+        f"depth {candidate.depth}, {plural(config.batch.sequences, 'sequence', 'sequences')} a pass, "
         f"{plural(recipe.num_iterations, 'iteration', 'iterations')} of "
         f"{recipe.total_batch_size:,} tokens"
     )

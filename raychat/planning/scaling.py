@@ -157,7 +157,7 @@ def recipe(config: Config) -> Recipe:
     total = config.batch.total_batch_size
     if total == -1:
         total = optimal_batch(quotient)
-    check_batch(total, config.batch.device_batch_size, config.model.max_seq_len)
+    check_batch(total, config.batch.step_of_passes, config.model.max_seq_len)
     rows, workers = total // config.model.max_seq_len, config.cluster.num_workers
     require(
         workers == "auto" or workers <= rows,

@@ -50,8 +50,9 @@ class Workload:
     def of(config: Config, dtype: str) -> "Workload":
         """That of a run, with fewer rows where they are many."""
         shape, T = model_shape(config.model), config.model.max_seq_len
+        most, asked = max(1, MOST_TOKENS // T), config.batch.device_batch_size
         return Workload(
-            rows=min(config.batch.device_batch_size, max(1, MOST_TOKENS // T)),
+            rows=most if asked == "auto" else min(asked, most),
             T=T,
             n_head=shape.n_head,
             n_kv_head=shape.n_kv_head,

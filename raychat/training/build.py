@@ -1,7 +1,8 @@
 """Puts a run together on one rank: model, optimizer, data, state, loop. All callers of the loop go through `train`."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -19,12 +20,14 @@ from raychat.training import checkpoint
 from raychat.training.attention_choice import with_attention
 from raychat.training.compile_cache import CompileCache
 from raychat.training.device import Resolved, device_type, resolve
+from raychat.training.device_batch import Fit, with_device_batch
 from raychat.training.events import Line, Note, Sink
 from raychat.training.fence import Fence
 from raychat.training.heap import give_back_freed_memory
 from raychat.training.initial import put_initial
 from raychat.training.job import BatchPlan, BatchSource, Job
 from raychat.training.loop import Trainer
+from raychat.training.pass_trial import CudaMeter, Training, measured
 from raychat.training.perturbation import perturb
 from raychat.training.state import Clock, LoopState, Signal, Surroundings
 from raychat.training.world import World
@@ -45,15 +48,13 @@ def train(
     torch.set_num_threads(resolved.threads)
     after_first_step = _compile_cache(config, resolved, world, sink) if resolved.compile else _nothing
     manifest = needed_manifest(job.tokens_dir)
-    model = build_model(config, resolved, device_of(resolved, world))
-    optimizer = build_optimizer_of(config, run, model)
-    if config.precision.fp8:
-        fp8.fp8_training(model, config.precision.fp8_recipe)
-
     rows, world_size = run.total_batch_size // config.model.max_seq_len, world.world_size
     require(
         world_size <= rows, f"{world_size} ranks are more than the {rows} sequences of a batch: use at most {rows}."
     )
+    config, resolved = settle_device_batch(config, run, resolved, world, lambda line: sink(Line(line)))
+    made = build_training(config, run, resolved, device_of(resolved, world))
+    model, optimizer = made.model, made.optimizer
     state, lanes = LoopState(), lanes_for(rows)
     if job.checkpoint:
         found = checkpoint.trusted(job.checkpoint)
@@ -126,7 +127,7 @@ def _surroundings(
     """The seams of one rank, and what its checkpoints record besides weights, moments and the loop's state."""
     reader, price = RowReader(manifest, "val"), config.money.price_per_hour
     eval_rows = min(reader.num_rows, config.eval.eval_tokens // config.model.max_seq_len)
-    passes = {"device_batch_size": config.batch.device_batch_size, "world_size": world.world_size}
+    passes = {"device_batch_size": config.batch.sequences, "world_size": world.world_size}
     store = Store.of(config.run_uri)
     return Surroundings(
         open_batches=open_batches,
@@ -233,6 +234,34 @@ def build_model(config: Config, resolved: Resolved, device: torch.device) -> GPT
     return model
 
 
+def build_training(config: Config, run: Recipe, resolved: Resolved, device: torch.device) -> Training:
+    """The initial model and its optimizer, as a run trains them. All ranks build theirs together."""
+    model = build_model(config, resolved, device)
+    optimizer = build_optimizer_of(config, run, model)
+    if config.precision.fp8:
+        fp8.fp8_training(model, config.precision.fp8_recipe)
+    return Training(model, optimizer, resolved.compile)
+
+
+def settle_device_batch(
+    config: Config, run: Recipe, resolved: Resolved, world: World, echo: Callable[[str], None]
+) -> tuple[Config, Resolved]:
+    """Both with the sequences of a pass as a number, where `auto` left them open. Every rank calls this.
+
+    Raises:
+        OutOfMemoryError: not even one sequence fits.
+    """
+    device = device_of(resolved, world)
+    rank_rows = -(-run.total_batch_size // config.model.max_seq_len // world.world_size)
+
+    def measure(sizes: Sequence[int], guess: int) -> Fit:
+        make = partial(build_training, config, run, resolved, device)
+        return measured(config, make, sizes, guess, rank_rows=rank_rows, meter=CudaMeter(device))
+
+    resolved = with_device_batch(resolved, config, world, measure, echo)
+    return Config.from_flat({"device_batch_size": resolved.device_batch_size}, base=config), resolved
+
+
 def describe(
     config: Config, run: Recipe, resolved: Resolved, manifest: Manifest, world: World, state: LoopState
 ) -> list[str]:
@@ -242,7 +271,7 @@ def describe(
     rows = run.total_batch_size // T
     devices = f"{world.world_size} x {resolved.device_name}, {resolved.threads} threads each"
     rate = f"peak {peak.flops / 1e12:.0f} TFLOP/s bf16" if peak else "peak not known, so no mfu"
-    passes = -(-rows // (config.batch.device_batch_size * world.world_size))
+    passes = -(-rows // (config.batch.sequences * world.world_size))
     train_rows = manifest.rows("train")
     ratio = run.tokens / counts.scaling
     lines = [
@@ -255,11 +284,13 @@ def describe(
         f"model: d{config.model.depth}, {counts.total:,} parameters ({counts.scaling:,} scaling), "
         f"{run.flops_per_token:.3g} FLOPs per token",
         f"batch: {run.total_batch_size:,} tokens = {rows:,} sequences of {T:,}, over {world.world_size} ranks in {passes} "
-        f"passes of up to {config.batch.device_batch_size}",
+        f"passes of up to {config.batch.sequences}",
         f"rates: scaled by {run.lr_scale:.4g}, weight decay {run.weight_decay:.4g}",
         f"horizon: {run.num_iterations:,} iterations, {run.tokens:,} tokens ({ratio:.1f} per scaling parameter), "
         f"{run.flops:.3g} FLOPs, {run.num_iterations * rows / train_rows:.2f} epochs of {train_rows:,} rows",
     ]
+    if resolved.device_batch_reason:
+        lines.append(f"device batch: {resolved.device_batch_size} sequences ({resolved.device_batch_reason})")
     if resolved.attention_warning:
         lines.append(f"warning: {resolved.attention_warning}")
     if resolved.device_type == "mps":

@@ -36,6 +36,10 @@ class Resolved:
     threads: int
     attention_warning: str = ""
     compile_reason: str = ""
+    device_batch_size: int = 0
+    device_batch_reason: str = ""
+    device_batch_key: str = ""
+    """of what an `auto` device batch was found for; empty for one that was asked for"""
 
     @property
     def peak(self) -> DevicePeak | None:

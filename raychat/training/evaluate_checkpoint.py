@@ -64,9 +64,10 @@ def evaluate_checkpoint(
     model = build_model(config, resolved, device)
     found.load(model, world=World(rank=APART + world.rank))
     manifest = needed_manifest(task.tokens_dir)
-    validation, tokens = open_validation(
-        manifest, world, eval_tokens=config.eval.eval_tokens, device_batch_size=config.batch.device_batch_size
-    )
+    size = config.batch.device_batch_size
+    if size == "auto":
+        size = max(1, resolved.device_batch_size)
+    validation, tokens = open_validation(manifest, world, eval_tokens=config.eval.eval_tokens, device_batch_size=size)
     examiner = Examiner(
         model.eval(),
         Tokenizer.load(task.tokenizer_dir),

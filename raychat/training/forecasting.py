@@ -114,7 +114,7 @@ def measurements(config: Config, resolved: Mapping[str, Any], *, ranks: int, on_
     content = {
         "model": dataclasses.asdict(config.model),
         "precision": dataclasses.asdict(config.precision),
-        "batch": [config.batch.device_batch_size, recipe(config).total_batch_size],
+        "batch": [_device_batch(config, resolved), recipe(config).total_batch_size],
         "save": config.save.save_mode,
         "machine": {name: resolved[name] for name in ("hardware", "dtype", "loss", "attention", "compile", "threads")},
         "ranks": ranks,
@@ -131,10 +131,17 @@ def known_config(config: Config, data: TokenData, resolved: Mapping[str, Any]) -
         "dtype": resolved["dtype"],
         "loss": resolved["loss"],
         "compile": "on" if resolved["compile"] else "off",
+        "device_batch_size": _device_batch(config, resolved),
         "packing": data.manifest.spec.packing,
         "eval_tokens": max(T, min(config.eval.eval_tokens, data.manifest.rows("val") * T)),
     }
     return Config.from_flat(chosen, base=config)
+
+
+def _device_batch(config: Config, resolved: Mapping[str, Any]) -> Any:
+    """Sequences of a pass: those that training settled on, where that was left to it."""
+    asked = config.batch.device_batch_size
+    return resolved.get("device_batch_size") or asked if asked == "auto" else asked
 
 
 def target_of(config: Config, resolved: Mapping[str, Any], *, ranks: int, nodes: int) -> Target:

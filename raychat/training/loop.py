@@ -104,7 +104,7 @@ class Trainer:
         gc.unfreeze()
 
     def _open_feed(self) -> Feed:
-        return Feed(self.around.open_batches(self.state), self.config.batch.device_batch_size, self.device)
+        return Feed(self.around.open_batches(self.state), self.config.batch.sequences, self.device)
 
     def _fit(self) -> bool:
         self.report.evaluation_again(self.state)
@@ -212,7 +212,7 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            T, size = self.config.model.max_seq_len, self.config.batch.device_batch_size
+            T, size = self.config.model.max_seq_len, self.config.batch.sequences
             raise out_of_memory(size, T, self.memory.read(), self.recipe.total_batch_size // T) from error
 
     def _schedule(self, step: int, lrm: float) -> None:

@@ -51,8 +51,8 @@ def explained(doing: str, device: torch.device) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(
-            f"Out of memory in {doing}. {_used(MemoryGauge(device).read())} Use a smaller --device-batch-size, more workers, "
-            "which share the state of the optimizer, or a smaller --depth."
+            f"Out of memory in {doing}. {_used(MemoryGauge(device).read())} Use a smaller --device-batch-size (auto finds what "
+            "fits), more workers, which share the state of the optimizer, or a smaller --depth."
         ) from error
 
 
@@ -105,7 +105,8 @@ def out_of_memory(tried: int, max_seq_len: int, memory: Memory, rows: int) -> Ou
     """The error for a pass of `tried` sequences of `max_seq_len` tokens, of the `rows` of a global batch."""
     fitting = fitting_batch(tried, memory, rows)
     advice = (
-        f"Use --device-batch-size {fitting}: more passes make up for it, so nothing changes but the rounding of sums."
+        f"Use --device-batch-size {fitting}, or auto, which tries what fits: more passes make up for it, so nothing changes "
+        "but the rounding of sums."
         if fitting
         else "No smaller --device-batch-size is left: use a shorter --max-seq-len, a smaller --depth, or --loss chunked."
     )
