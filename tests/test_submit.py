@@ -6,26 +6,22 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.on_ray import submission
-from raychat.on_ray.submission import (
-    JobEnd,
-    JobServer,
-    RunState,
-    SubmissionError,
-    decide,
-    read_log,
-    read_run,
-    see_to_end,
-)
+from raychat.on_ray.limits import RunFailedError, check_wait
+from raychat.on_ray.resubmission import JobEnd, RunState, decide, read_log, read_run
+from raychat.on_ray.submission import JobServer, SubmissionError, see_to_end
 from raychat.tracking.journal import Journal
 from raychat.tracking.segments import segment_name
 from raychat.tracking.summary import Summary
 from raychat.training.lease import STALE_S, Lease, LeaseError
 from raychat.training.outcome import closing_lines
+from raychat.training.retry import give_up
 
 
 def succeeded(**facts):
@@ -45,10 +41,22 @@ STOPPED = JobEnd(status="stopped", run_status="stopped")
 CLUSTER_GONE = (
     "error: The Ray cluster at a:1 is gone (RaySystemError). The same command goes on from the newest checkpoint."
 )
-AT_ONE_STEP = "error: training failed 3 times at the same step, 7 (--max-failures 3). When the cause is mended, ..."
-NO_MACHINES = "error: The machines for 4 workers did not come within --max-wait 2 hours."
 HELD = "error: Another driver is training in /runs/d2: process 7 on node-b, last seen 3s ago. Wait for it, ..."
 TAKEN_OVER = "error: Another driver has taken over /runs/d2: this one writes nothing more."
+
+
+def given_up(cause):
+    """What the driver says, word for word."""
+    events = [{"event": "failure", "cause": cause, "step": 7}] * 3
+    return f"error: {give_up(events, max_failures=3, max_preemptions=2)}"
+
+
+def no_machines():
+    session = SimpleNamespace(config=Config.from_flat({"max_wait": 2}))
+    with pytest.raises(RunFailedError) as caught:
+        check_wait(session, 7201.0, fewest=4)
+    return f"error: {caught.value}"
+
 
 AGAIN = None
 TABLE = {
@@ -63,8 +71,9 @@ TABLE = {
     "driver killed without a step": ([killed(None)], AGAIN),
     "crashed": ([crashed()], AGAIN),
     "cluster gone": ([crashed(error=CLUSTER_GONE)], AGAIN),
-    "given up at one step": ([crashed(error=AT_ONE_STEP)], 1),
-    "given up without machines": ([crashed(error=NO_MACHINES)], 1),
+    "given up at one step": ([crashed(error=given_up("crash"))], 1),
+    "given up as machines are taken": ([crashed(error=given_up("preempted"))], 1),
+    "given up without machines": ([crashed(error=no_machines())], 1),
     "a failure that no retry mends": ([crashed(hopeless=True)], 1),
     "a failure that no retry mends, of bad input": ([crashed(hopeless=True, exit_code=2)], 2),
     "head lost": ([LOST], AGAIN),

@@ -17,7 +17,8 @@ from typing import Any
 
 from raychat.on_ray import leash
 from raychat.on_ray.processes import kill_tree
-from raychat.on_ray.submission import AGAIN_S, TAIL, JobEnd, decide, read_log, read_run
+from raychat.on_ray.resubmission import TAIL, JobEnd, decide, read_log, read_run
+from raychat.on_ray.submission import AGAIN_S
 
 KILL_AFTER_S = 600.0
 """for the last save of a trial that was told to stop"""
