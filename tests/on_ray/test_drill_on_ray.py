@@ -20,9 +20,10 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def job(monkeypatch) -> Callable[[list[str]], int]:
-    """jobs/drill.py with saves twice as often, so that its runs are half as long; leaves this process as it was."""
+    """jobs/drill.py with one worker, and saves twice as often: its runs are half as long. Leaves this process as it was."""
+    monkeypatch.setattr(drill, "WORKERS", 1)
     monkeypatch.setattr(drill, "SAVE_EVERY", 5)
-    monkeypatch.setitem(drill.TRAINING, "save_every", 5)
+    monkeypatch.setattr(drill, "TRAINING", drill.TRAINING | {"num_workers": 1, "save_every": 5})
     monkeypatch.setenv("RAY_AUTH_MODE", "")  # put back what its cluster sets for those that are to join
     monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from ray._private import state as ray_state
 
 from on_ray.heads import as_arguments
+from on_ray.held_pretrain import held_worker
 from raychat.config import Config
 from raychat.errors import RaychatError
 from raychat.on_ray import cluster as clusters
@@ -225,7 +227,7 @@ def test_a_run_that_is_done_says_so_and_starts_nothing(whole, monkeypatch):
 def test_the_number_of_workers_changes_losses_by_rounding_alone(whole, pair):
     """The same rows in every global step; sums of another order differ in their last bits, which training amplifies.
 
-    Numbers that share the rows unevenly are in test_training.py and test_elastic.py.
+    Numbers that share the rows unevenly are in test_training.py and test_stream.py.
     """
     assert pair.starts()[0]["world_size"] == 2
     assert pair.summary.rows_consumed == whole.summary.rows_consumed
@@ -314,7 +316,30 @@ def held(cluster, flags, environment, tmp_path):
         process.wait()
 
 
-def test_a_run_outlives_its_driver_and_an_order_to_stop_and_has_one_driver_at_a_time(whole, run_here, held):
+def stopped_before(step: int, config: Config, hold: Path, monkeypatch) -> Run:
+    """A run with a driver in this process that is told to stop while it holds before `step`: SIGTERM, to it alone."""
+    hold.touch()
+    lines: list[str] = []
+
+    def stop() -> None:
+        journal = config.run_dir / "metrics.jsonl"
+        wait_until(lambda: any(r["step"] == step - 1 for r in read_journal(journal)), f"step {step - 1}")
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: any(line.startswith("SIGTERM: saving and stopping") for line in lines), "an answer")
+        hold.unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crew, "train_worker", held_worker(step, hold))
+        thread = threading.Thread(target=stop)
+        thread.start()
+        summary = driver.run(config, echo=lines.append)
+        thread.join()
+    return Run(config, summary, lines)
+
+
+def test_a_run_outlives_its_driver_and_an_order_to_stop_and_has_one_driver_at_a_time(
+    whole, run_here, held, flags, tmp_path, monkeypatch
+):
     """The driver is killed before step 5, the next one is told to stop before step 7, and a third one goes on.
 
     While the first one lives, any other is refused.
@@ -330,16 +355,13 @@ def test_a_run_outlives_its_driver_and_an_order_to_stop_and_has_one_driver_at_a_
     folder = whole.folder.with_name("lives")
     assert not (folder / "summary.json").exists()
 
-    second = held(7, **tag)
-    second.process.send_signal(signal.SIGTERM)  # to the driver alone
-    wait_until(lambda: "SIGTERM: saving and stopping" in second.output.read_text(), "an answer to SIGTERM")
-    second.file.unlink()
-    assert second.process.wait(timeout=240) == 0, second.output.read_text()
-    stopped = Summary.read(folder / "summary.json")
+    second = stopped_before(7, Config.from_flat(flags | tag), tmp_path / "hold", monkeypatch)
+    stopped = second.summary
+    assert stopped == Summary.read(folder / "summary.json")
     assert (stopped.status, stopped.restarts, stopped.replayed_steps) == ("stopped", 1, 1)
     assert 7 < stopped.step < STEPS
     assert stopped.checkpoint == str(folder / "checkpoints" / checkpoint.folder_name(stopped.step))
-    assert f"stopped: step {stopped.step} of 12" in second.output.read_text()
+    assert any(line.startswith(f"stopped: step {stopped.step} of 12") for line in second.lines)
 
     third = run_here(**tag)
     assert (third.summary.status, third.summary.restarts, third.summary.replayed_steps) == ("finished", 2, 1)
