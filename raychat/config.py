@@ -545,5 +545,6 @@ def _typed(leaf: "dataclasses.Field[Any]", value: Any) -> Any:
         choices = getattr(leaf.type, "__args__", None)
         if good and choices and all(isinstance(c, str) for c in choices):
             require(value in choices, f"{leaf.name} = {value!r}: use one of {', '.join(map(repr, choices))}.")
-    require(good, f"{leaf.name} = {value!r} has the wrong type: its default is {default!r}.")
+    auto = ", and 'auto' is possible" if leaf.name in NUMBER_OR_AUTO and default != "auto" else ""
+    require(good, f"{leaf.name} = {value!r} has the wrong type: its default is {default!r}{auto}.")
     return value
