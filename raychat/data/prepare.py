@@ -280,9 +280,11 @@ def prepare(config: Config, *, with_gpus: bool, maker: Maker, echo: Callable[[st
     packing, sample = config.data.packing, None
     if packing == "auto":
         before = packing_begun(config, run, fingerprints, echo=echo)
-        if before is None or store is None:  # on a disk, the record takes the sample
+        if before and store:  # the files of the corpus may not be here
+            packing = before
+        else:
             sample = sample_text(corpus, tokenizer, seq_len)
-        packing = before or choose_packing(config, sample, echo=echo)
+            packing = before or choose_packing(config, sample, echo=echo)
     spec, mark = specs[packing], fingerprints[packing]
     place = (store or Store.of(config.base_dir)).child(TOKENS, mark)
     shared = share_tokenizer(tokenizer, tokenizer_dir, store) if store else ""
