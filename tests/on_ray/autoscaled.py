@@ -27,6 +27,17 @@ class AutoscaledCluster:
     dashboard: str
     head: subprocess.Popen
     folder: Path
+    most: int
+
+    def let_go_after(self, idle_s: float) -> None:
+        """Nodes go after `idle_s` seconds without work. The autoscaler reads its file again and again."""
+        whole = self._file.with_suffix(".new")
+        whole.write_text(json.dumps(_configuration(self.gcs, most=self.most, idle_s=idle_s)))
+        whole.rename(self._file)
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "autoscaling.yaml"
 
     def log(self) -> str:
         """The end of what the head and the autoscaler have said."""
@@ -59,7 +70,7 @@ def autoscaled_cluster(environment: Mapping[str, str], *, most: int, idle_s: flo
             "system_config": json.dumps(SYSTEM_CONFIG),
         }
         with started_head(at, dict(environment) | fake, **options) as head:
-            yield AutoscaledCluster(at.gcs, at.dashboard, head, at.folder)
+            yield AutoscaledCluster(at.gcs, at.dashboard, head, at.folder, most)
 
 
 def _configuration(gcs: str, *, most: int, idle_s: float) -> dict[str, object]:

@@ -29,6 +29,7 @@ def paced_worker(file: Path, step_s: float) -> Callable[[dict[str, Any]], None]:
                     time.sleep(step_s)
                 yield batch
 
+        stream.READ_TASKS_AT_ONCE = 1  # as many processes fewer to wait for
         stream.RankStream.batches = paced
         train_worker(spec)
 

@@ -26,10 +26,11 @@ from raychat.tracking.summary import Summary
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 HERE = Path(__file__).resolve().parent
-STEPS, SAVE_EVERY = 250, 25
+STEPS, SAVE_EVERY = 150, 25
 STEP_S = 0.2  # while something is done to the run
 NOTICE_S = 12.0
-IDLE_S = 25.0  # more than the moment between two crews, when nodes have nothing to do
+IDLE_S = 60.0  # more than the moment between two crews, when nodes have nothing to do
+IDLE_AFTER_IT_S = 2.0
 PATIENCE_S = 180.0
 
 
@@ -145,6 +146,7 @@ def story(flags, environment, tmp_path_factory) -> Iterator[Story]:
         story.wait("the end of the job", lambda: story.jobs.get_job_status(story.job).is_terminal())
         (end,) = story.events("end")
         story.times["end"] = end["time"]
+        cluster.let_go_after(IDLE_AFTER_IT_S)
         story.wait("no nodes", lambda: not cluster.nodes())
         story.mark("no nodes")
         yield story
