@@ -4,9 +4,13 @@ import os
 import tarfile
 
 import pytest
+from runs import run_here
 
+from raychat.config import Config
+from raychat.planning import recipe
 from raychat.storage import Store
-from raychat.training import compile_cache
+from raychat.tracking.journal import read_events
+from raychat.training import compile_cache, device, loop
 from raychat.training.compile_cache import VARIABLE, CompileCache, machine_mark
 
 
@@ -86,3 +90,31 @@ def test_what_is_damaged_or_reaches_outside_is_refused_and_leaves_nothing(tmp_pa
     assert list(second.folder.iterdir()) == []
     assert [path.name for path in second.folder.parent.iterdir()] == [second.folder.name]
     assert not (tmp_path / "kernel").exists()
+
+
+@pytest.mark.parametrize(("asked", "first"), [("auto", 1), ("on", 0)])
+def test_of_itself_a_cpu_compiles_at_the_second_step_and_a_resumed_run_at_once(own_config, monkeypatch, asked, first):
+    compiled: list[int] = []
+
+    class Recorder:
+        def __init__(self, model):
+            self.model = model
+
+        def __call__(self, *inputs, **options):
+            compiled.append(1)
+            return self.model(*inputs, **options)
+
+    monkeypatch.setattr(loop, "CompiledTraining", Recorder)
+    monkeypatch.setattr(device, "chosen_compile", lambda asked, *rest: (True, asked))
+    config = own_config(num_iterations=6, compile=asked, stop_at=3)
+    ran = run_here(config)
+    passes = -(-recipe(config).total_batch_size // config.model.max_seq_len // config.batch.device_batch_size)
+    assert len(compiled) == (3 - first) * passes
+    folder = Store.of(ran.run_dir).child(compile_cache.FOLDER)
+    assert len(folder.names()) == 1  # what was compiled went to the run
+    compiled.clear()
+    run_here(Config.from_flat({"stop_at": -1}, base=config))
+    assert len(compiled) == 3 * passes
+    assert [event["step"] for event in read_events(ran.run_dir / "metrics.jsonl") if event["event"] == "compiled"] == (
+        [1] if first else []
+    )

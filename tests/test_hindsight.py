@@ -67,12 +67,13 @@ def test_warm_up_is_what_the_first_step_of_each_attempt_took_beyond_a_typical_on
     events = [
         {"event": "start", "productive_s": 0.0},
         {"event": "first_step", "step_time_s": 5.0},
+        {"event": "compiled", "step_s": 9.0},
         {"event": "start", "productive_s": 40.0},
         {"event": "first_step", "step_time_s": 43.0},
         {"event": "start", "productive_s": 50.0},
         {"event": "first_step", "step_time_s": 50.5},  # a quick one takes nothing away
     ]
-    assert hindsight.warm_up_s(events, 1.0) == 4.0 + 2.0
+    assert hindsight.warm_up_s(events, 1.0) == 4.0 + 8.0 + 2.0
     assert hindsight.warm_up_s(events, None) == 0.0
 
 

@@ -181,7 +181,7 @@ class Bench:
                 clock=Clock(attempt_started=time.time(), before_s=0.0, price_per_hour=None),
                 checkpoints=checkpoints,
                 fence=lambda: False,
-                after_first_step=lambda: None,
+                after_warm_up=lambda: None,
                 meta={"val_tokens": 0},
             ),
             state=LoopState(),

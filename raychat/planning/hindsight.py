@@ -72,13 +72,15 @@ def actual_of(summary: Mapping[str, Any], *, warm_up_s: float = 0.0) -> dict[str
 
 
 def warm_up_s(events: Iterable[Mapping[str, Any]], step_s: float | None) -> float:
-    """Seconds by which the first steps of all attempts took longer than `step_s`, a typical one."""
+    """Seconds by which the first steps of all attempts, and those that compiled, took longer than `step_s`, a typical one."""
     clock, found = 0.0, 0.0
     for event in events:
         if event["event"] == "start":
             clock = event.get("productive_s") or 0.0
         elif event["event"] == "first_step" and step_s is not None:
             found += max(0.0, event.get("step_time_s", clock) - clock - step_s)
+        elif event["event"] == "compiled" and step_s is not None:
+            found += max(0.0, event["step_s"] - step_s)
     return found
 
 

@@ -46,7 +46,7 @@ def train(
         torch.cuda.set_device(world.device_index)  # before the first collective, which nccl runs on the device
     resolved = _agree_on_machine(config, job, world, sink)
     torch.set_num_threads(resolved.threads)
-    after_first_step = _compile_cache(config, resolved, world, sink) if resolved.compile else _nothing
+    after_warm_up = _compile_cache(config, resolved, world, sink) if resolved.compile else _nothing
     manifest = needed_manifest(job.tokens_dir)
     rows, world_size = run.total_batch_size // config.model.max_seq_len, world.world_size
     require(
@@ -104,7 +104,7 @@ def train(
             lanes=lanes,
             sink=sink,
             poll=poll,
-            after_first_step=after_first_step,
+            after_warm_up=after_warm_up,
         ),
         state=state,
     )
@@ -122,7 +122,7 @@ def _surroundings(
     lanes: int,
     sink: Sink,
     poll: Callable[[], Signal],
-    after_first_step: Callable[[], None],
+    after_warm_up: Callable[[], None],
 ) -> Surroundings:
     """The seams of one rank, and what its checkpoints record besides weights, moments and the loop's state."""
     reader, price = RowReader(manifest, "val"), config.money.price_per_hour
@@ -144,7 +144,7 @@ def _surroundings(
         ),
         checkpoints=store.child("checkpoints"),
         fence=_fence(job, store, world, sink),
-        after_first_step=after_first_step,
+        after_warm_up=after_warm_up,
         meta={
             "config": config.public(),
             "fingerprint": manifest.fingerprint,

@@ -65,6 +65,9 @@ class Trainer:
         self.resolved, self.world, self.around, self.state = resolved, world, surroundings, state
         self.device = next(model.parameters()).device
         self.forward = CompiledTraining(model) if resolved.compile else model
+        # On a CPU it shows within seconds whether data, memory and loss are right, before compiling takes its time.
+        eager_first = resolved.compile and resolved.device_type == "cpu" and config.precision.compile == "auto"
+        self.eager_steps = 1 if eager_first else 0
         self.report = Reporter(config, recipe, surroundings.clock, surroundings.sink, rank=world.rank)
         saved_at = state.step if state.step else None
         self.saves = Saves(config.save, surroundings, model, optimizer, world, self.report, saved_at=saved_at)
@@ -73,6 +76,7 @@ class Trainer:
         self.bad_steps, self.spikes = BadSteps(config.optim.on_bad_step), LossSpikes()
         self.stragglers = Stragglers(world.gather(socket.gethostname())) if world.world_size > 1 else None
         self.memory, self.times, self.first_step = MemoryGauge(self.device), StepTimes(), True
+        self.warming_up = True
         self.evaluations = self._evaluations(tokenizer)
 
     def _evaluations(self, tokenizer: Tokenizer) -> Evaluations:
@@ -200,11 +204,12 @@ class Trainer:
         precise = torch.float32 if self.device.type == "mps" else torch.float64
         nats = torch.zeros((), dtype=precise, device=self.device)
         weight = self.scaler.scale / self.recipe.total_batch_size
+        forward = self.model if self.state.step < self.eager_steps else self.forward
         try:
             for held in passes:
                 self.memory.before_pass()
                 rows = held.to(self.device, non_blocking=True).long()
-                loss = self.forward(rows[:, :-1], rows[:, 1:], reduction="sum")
+                loss = forward(rows[:, :-1], rows[:, 1:], reduction="sum")
                 (loss * weight).backward()
                 nats += loss.detach()
                 self.memory.after_pass(len(rows))
@@ -339,12 +344,16 @@ class Trainer:
     def _tell_step(self, loss: float, lrm: float, grad_norm: float, dt: float) -> None:
         step = self.state.step - 1
         if self.first_step:
-            self.first_step = False
-            self.around.after_first_step()
+            self.report.note("first_step", step=step, step_time_s=self.state.step_time_s)
+        if self.warming_up and step >= self.eager_steps:
+            self.warming_up = False
+            self.around.after_warm_up()
             # What is there now stays: the collector, which stops all threads, need not look at it again.
             gc.collect()
             gc.freeze()
-            self.report.note("first_step", step=step, step_time_s=self.state.step_time_s)
+            if not self.first_step:
+                self.report.note("compiled", step=step, step_s=dt)
+        self.first_step = False
         if step % self.config.run.log_every == 0 or self.state.step == self.recipe.num_iterations:
             spread = self.stragglers.spread if self.stragglers else None
             self.report.step(

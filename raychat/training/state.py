@@ -96,8 +96,8 @@ class Surroundings:
     """The seams of the loop: where batches come from, where events go, who asks for what, and what a save records.
 
     `open_batches` gives the batches from a state on, those that it leaves out left out. `validation` gives this rank's
-    passes of an evaluation; `validation_rounds` is how many the rank with the most of them has. `after_first_step` is
-    called on every rank when the first step of this process is done.
+    passes of an evaluation; `validation_rounds` is how many the rank with the most of them has. `after_warm_up` is
+    called on every rank when the first step is done that is like those after it: compiled, if they are.
     """
 
     open_batches: Callable[[LoopState], Iterator[Batch]]
@@ -108,5 +108,5 @@ class Surroundings:
     clock: Clock
     checkpoints: Store
     fence: Callable[[], bool]
-    after_first_step: Callable[[], None]
+    after_warm_up: Callable[[], None]
     meta: dict[str, Any]
