@@ -48,10 +48,11 @@ def recording_worker(folder: Path, step_s: float) -> Callable[[dict[str, Any]], 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from raychat.on_ray import crew, supervisor
+    from raychat.on_ray import crew, sizing, supervisor
 
     crew.train_worker = recording_worker(Path(sys.argv[1]), float(sys.argv[2]))
     supervisor.SILENT_S = float(sys.argv[3])
+    sizing.SETTLE_S = 1.5  # nobody else is leaving room on the cluster of a test
     job = ROOT / "jobs" / "pretrain.py"
     sys.argv = [str(job), *sys.argv[4:]]
     runpy.run_path(str(job), run_name="__main__")
