@@ -1,5 +1,6 @@
 """`--grad-checkpoint`: less is kept between the passes, and not a bit of the result changes."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -103,30 +104,43 @@ def test_it_works_under_torch_compile() -> None:
 
 @pytest.mark.parametrize("on", [True, False])
 def test_the_setting_reaches_the_model_and_the_heap(on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr("raychat.training.build.give_back_freed_memory", lambda: asked.append(True))
+    asked: list[str] = []
+    for way in ("give_back_freed_memory", "keep_freed_memory"):
+        monkeypatch.setattr(f"raychat.training.build.{way}", lambda way=way: asked.append(way))
     config = Config.from_flat({"depth": 2, "grad_checkpoint": on, "device_type": "cpu", "vocab_size": 512})
     resolved = resolve(config, local_world_size=1)
     assert build_model(config, resolved, torch.device("cpu")).grad_checkpoint is on
-    assert asked == [True] * on
+    assert asked == ["give_back_freed_memory" if on else "keep_freed_memory"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's heap can be asked")
-def test_freed_memory_goes_back_to_the_system() -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("asked", "variable", "kept"),
+    [
+        ("give_back_freed_memory", "", 1),
+        ("keep_freed_memory", "", 20),
+        ("keep_freed_memory", "MALLOC_MMAP_THRESHOLD_", 1),  # the user's own choice stands
+    ],
+)
+def test_freed_memory_goes_back_to_the_system_or_stays(asked: str, variable: str, kept: int) -> None:
+    code = f"""
 from pathlib import Path
-from raychat.training.heap import give_back_freed_memory
+from raychat.training.heap import {asked}
 import torch
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-assert give_back_freed_memory()
-del (warm := {0: torch.ones(2**22)})[0]  # 16 MiB: freed, it would move glibc's threshold above its size
+assert {asked}() is not {bool(variable)}
+del (warm := {{0: torch.ones(2**22)}})[0]  # 16 MiB: freed, it would move glibc's threshold above its size
 before = resident()
 blocks = [torch.ones(2**21) for _ in range(20)]
-del blocks[:-1]  # the last one stays, at the top of a heap
+del blocks[1:]  # the first one stays
 print(resident() - before)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert int(out) < 3 * 2**23  # one of twenty blocks of 8 MiB
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment = own | ({variable: str(2**20)} if variable else {})
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    assert abs(int(out) - kept * 2**23) < 2 * 2**23  # blocks of 8 MiB

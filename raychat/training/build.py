@@ -23,7 +23,7 @@ from raychat.training.device import Resolved, device_type, resolve
 from raychat.training.device_batch import Fit, with_device_batch
 from raychat.training.events import Line, Note, Sink
 from raychat.training.fence import Fence
-from raychat.training.heap import give_back_freed_memory
+from raychat.training.heap import give_back_freed_memory, keep_freed_memory
 from raychat.training.initial import put_initial
 from raychat.training.job import BatchPlan, BatchSource, Job
 from raychat.training.loop import Trainer
@@ -220,8 +220,8 @@ def gpt_config(config: Config) -> GPTConfig:
 
 def build_model(config: Config, resolved: Resolved, device: torch.device) -> GPT:
     """The seeded initial model on `device`, without a copy in host memory on the way."""
-    if config.precision.grad_checkpoint and device.type == "cpu":
-        give_back_freed_memory()
+    if device.type == "cpu":
+        give_back_freed_memory() if config.precision.grad_checkpoint else keep_freed_memory()
     with torch.device("meta"):
         model = GPT(gpt_config(config))
     model.set_compute_dtype(resolved.torch_dtype)
