@@ -34,7 +34,20 @@ def dense(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize(
     ("T", "window"),
-    [(300, 128), (384, 128), (257, 1), (389, 130), (300, 0), (260, 258), (130, 129), (100, 128), (1, 128), (300, None)],
+    [
+        (1100, 512),
+        (1030, 600),
+        (300, 128),
+        (384, 128),
+        (257, 1),
+        (389, 130),
+        (300, 0),
+        (260, 258),
+        (130, 129),
+        (100, 128),
+        (1, 128),
+        (300, None),
+    ],
 )
 def test_attention_equals_the_dense_mask_in_outputs_and_gradients(T, window, n_kv_head):
     """In float64, so that any wrong pair would stand out. T=260 with window 258 hides exactly one pair."""
