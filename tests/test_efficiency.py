@@ -8,7 +8,7 @@ from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.planning import flops_per_token, model_shape
 from raychat.planning.devices import CPU_CORE_FLOPS, PEAKS, device_peak, find_gpu, local_gpu, plan_name
-from raychat.planning.efficiency import core_rate, mfu_range, pass_factor
+from raychat.planning.efficiency import COMPILED_GAIN, core_rate, mfu_range, pass_factor
 
 NO_RUNS = {"mi300x", "mi250x"}  # devices whose peak is known, and no run on them or on one like them
 
@@ -154,6 +154,15 @@ def test_wider_models_run_nearer_to_a_cores_peak_and_bf16_faster_than_float32():
         rates = [core_rate(dtype, depth=4, width=width).flops.mid for width in (64, 128, 256, 384, 4096)]
         assert rates == sorted(rates)
     assert core_rate("bfloat16", depth=4).flops.mid > 1.5 * core_rate("float32", depth=4).flops.mid
+
+
+def test_compiled_a_core_is_faster_and_float16_which_nobody_measured_is_not():
+    for dtype, gain in COMPILED_GAIN.items():
+        plain, compiled = core_rate(dtype, depth=4), core_rate(dtype, depth=4, compiled=True)
+        assert compiled.flops.mid == pytest.approx(gain * plain.flops.mid)
+        assert "compiled" in compiled.source
+        assert "compiled" not in plain.source
+    assert core_rate("float16", depth=4, compiled=True).flops == core_rate("float16", depth=4).flops
 
 
 def test_a_cores_rate_holds_for_runs_that_it_was_not_taken_from():

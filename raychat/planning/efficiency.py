@@ -21,6 +21,7 @@ CALIBRATION = "calibration.json"
 """below the base directory"""
 GIVEN_SPREAD = 0.10  # of a user's --mfu
 CPU_SPREAD = 0.40
+COMPILED_GAIN = {"bfloat16": 1.2, "float32": 1.06}  # on a CPU, of what is measured uncompiled (docs/speed.md)
 BEYOND = 0.02  # a layer beyond the depths that were measured widens the range by so much, of it
 # Tokens at which a pass spends as long on launches as on products: the documents' step times at device batches of 16 and
 # 32 (1.82 and 1.77 s, d10 on an A100) fit t = a (1 + LAUNCH_TOKENS / tokens).
@@ -91,8 +92,12 @@ def mfu_range(
     return found
 
 
-def core_rate(dtype: str, *, depth: int, width: int = 256, calibration: Path | None = None) -> CoreRate:
+def core_rate(
+    dtype: str, *, depth: int, width: int = 256, compiled: bool = False, calibration: Path | None = None
+) -> CoreRate:
     """What a CPU core sustains in this compute dtype, on a model of so many blocks and channels.
+
+    What was calibrated stands whether the run compiles or not: long runs do, and short ones teach little.
 
     Raises:
         ConfigError: for a calibration file that cannot be read.
@@ -106,9 +111,12 @@ def core_rate(dtype: str, *, depth: int, width: int = 256, calibration: Path | N
         return CoreRate(flops=rate, source=_fitted_source(nearest))
     measured = _table().cores.get(dtype) or _table().cores["float32"]
     rate = _between(width, [at for at, _ in measured], [flops for _, flops in measured])
+    if compiled:
+        rate *= COMPILED_GAIN.get(dtype, 1.0)
     return CoreRate(
         flops=Range.around(rate, CPU_SPREAD),
-        source=f"{rate / 1e9:.0f} GFLOP/s a core, give or take 40% (measured on AMD Zen 4, {dtype}, by width)",
+        source=f"{rate / 1e9:.0f} GFLOP/s a core, give or take 40% (measured on AMD Zen 4, {dtype}"
+        f"{', compiled' if compiled else ''}, by width)",
     )
 
 

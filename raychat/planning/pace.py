@@ -7,7 +7,7 @@ from raychat.planning.communication import StepParts, step_parts
 from raychat.planning.efficiency import CALIBRATION, core_rate, mfu_range
 from raychat.planning.ranges import Range
 from raychat.planning.scaling import ModelShape, Recipe, param_counts
-from raychat.planning.target import Target, plan_dtype
+from raychat.planning.target import Target, plan_compiled, plan_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,8 @@ def _rate(
     if target.device == "cpu":
         if not target.cores:
             return None
-        found = core_rate(dtype, depth=shape.n_layer, width=shape.n_embd, calibration=calibration)
+        compiled = plan_compiled(config, target)
+        found = core_rate(dtype, depth=shape.n_layer, width=shape.n_embd, compiled=compiled, calibration=calibration)
         sources["steps"] = f"{target.cores} cores x {found.source}"
         cores = _busy_cores(target, rows / most, config.cluster.threads)
         return found.flops.scaled(cores * target.machines / again), 0
