@@ -132,10 +132,12 @@ def test_products_in_bfloat16_give_nearly_the_same_direction(m, n):
 @pytest.mark.parametrize(("m", "n"), [(256, 48), (48, 256)])
 @pytest.mark.parametrize("rank", [48, 5])
 def test_oblong_matrices_in_float32_take_the_shorter_way_to_the_same_end(m, n, rank, monkeypatch):
-    """Measured against float64, which takes the long way: 2e-5 at full rank, 8e-5 at a low one."""
+    """Against float64, which takes the long way: as far off as float32 on the long way, or up to half as far again."""
     G = randn(2, m, rank) @ randn(2, rank, n, seed=1)
     exact = muon.polar_express(G)
     short = muon.polar_express(G.float()).double()
-    assert (short - exact).norm() < 5e-4 * exact.norm()
     monkeypatch.setattr(muon, "GRAM_RATIO", 100)
-    assert not torch.equal(muon.polar_express(G.float()).double(), short)
+    long = muon.polar_express(G.float()).double()
+    assert not torch.equal(long, short)
+    assert (short - exact).norm() < max(3 * (long - exact).norm(), 1e-5 * exact.norm())
+    assert (short - exact).norm() < 2e-4 * exact.norm()
