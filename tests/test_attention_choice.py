@@ -6,29 +6,18 @@ from functools import partial
 
 import pytest
 import torch
+from gpu_choices import RESOLVED
 
 from raychat.config import Config
 from raychat.errors import ConfigError
 from raychat.model import attention, attention_kernels
 from raychat.training import attention_choice, build, checkpoint
 from raychat.training.attention_choice import Workload, seconds, with_attention
-from raychat.training.device import Resolved, resolve
+from raychat.training.device import resolve
 from raychat.training.job import Job
 from raychat.training.world import World
 
 CUDA = torch.device("cuda", 0)
-RESOLVED = Resolved(
-    device_type="cuda",
-    device_name="A GPU",
-    hardware="A GPU, 1 threads, torch 2",
-    dtype="bfloat16",
-    dtype_reason="",
-    attention="sdpa",
-    attention_reason="",
-    loss="full",
-    compile=True,
-    threads=1,
-)
 
 
 @pytest.fixture

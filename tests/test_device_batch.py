@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from gpu_choices import RESOLVED
 from runs import after, run_here
 
 from raychat.benchmark.options import prepared
@@ -18,7 +19,7 @@ from raychat.planning.target import Target
 from raychat.search.feasible import infeasible
 from raychat.training import checkpoint, device_batch
 from raychat.training.build import build_training
-from raychat.training.device import Resolved, resolve
+from raychat.training.device import resolve
 from raychat.training.device_batch import NO_MORE, Fit, largest, with_device_batch
 from raychat.training.memory import OutOfMemoryError
 from raychat.training.pass_trial import CudaMeter, measured
@@ -26,18 +27,6 @@ from raychat.training.state import Signal
 from raychat.training.world import World
 
 GIB = 2**30
-RESOLVED = Resolved(
-    device_type="cuda",
-    device_name="A GPU",
-    hardware="A GPU, 1 threads, torch 2",
-    dtype="bfloat16",
-    dtype_reason="",
-    attention="sdpa",
-    attention_reason="",
-    loss="full",
-    compile=True,
-    threads=1,
-)
 A100 = {"depth": 10, "device_batch_size": "auto", "gpu": "a100-40gb"}
 
 

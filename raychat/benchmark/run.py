@@ -188,12 +188,11 @@ class Bench:
         )
 
 
-def seconds_since_start() -> float:
-    """Seconds since this process was started, its imports included; where the system does not tell, since Linux's clock
-    of this process began."""
+def seconds_since_start() -> float | None:
+    """Seconds since this process was started, its imports included; None where the system does not tell."""
     try:
         with open("/proc/self/stat") as file:
             ticks = int(file.read().rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError, IndexError):
-        return time.process_time()
+        return None

@@ -12,12 +12,12 @@ WARM_UP_SHARE = 4  # the first steps, one in so many and one at least, are left 
 
 @dataclass(frozen=True)
 class Sample:
-    """One step: its loss, seconds of wall clock, CPU seconds of this process, and when it ended, from process start."""
+    """One step: loss, seconds of wall clock, CPU seconds of this process, and when it ended, from process start if known."""
 
     loss: float
     wall_s: float
     cpu_s: float
-    ended_at_s: float
+    ended_at_s: float | None
 
 
 def timed(samples: Sequence[Sample]) -> Sequence[Sample]:
